@@ -1,0 +1,135 @@
+"""The front door: run AI models larger than the GPU.
+
+``import overflowml`` puts ``overflow=`` and ``device_map="overflowml"`` into diffusers and transformers, whether they are imported before or after. It imports
+neither of them, and no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from overflowml._version import __version__
+from overflowml_core import environment as _environment
+from overflowml_core import session as _session
+from overflowml_core.errors import DoesNotFit, OverflowmlError
+from overflowml_core.facts import Limits, Machine, Network, Workload
+from overflowml_core.plan import Plan
+
+if TYPE_CHECKING:
+    from overflowml_core.protocols import Attachment
+
+__all__ = [
+    "DoesNotFit",
+    "Limits",
+    "Machine",
+    "Network",
+    "OverflowmlError",
+    "Plan",
+    "Workload",
+    "__version__",
+    "attachment",
+    "describe",
+    "detect",
+    "install",
+    "manage",
+    "plan",
+    "release",
+    "uninstall",
+]
+
+_installed = False
+
+
+def install() -> None:
+    """Put ``overflow=`` and ``device_map="overflowml"`` into the hosts. A second call does nothing.
+
+    Happens by itself at import, unless the environment variable OVERFLOWML_DISABLE is set.
+    """
+    global _installed
+    if not _installed:
+        _installed = True
+        _session.plugins().install_hosts()
+
+
+def uninstall() -> None:
+    """Leave the hosts' functions exactly as they were. Models that are managed stay so."""
+    global _installed
+    if _installed:
+        _installed = False
+        _session.plugins().uninstall_hosts()
+
+
+def detect() -> Machine:
+    """This machine as plans see it: accelerators, RAM as this process may use it, disk."""
+    return _session.detect()
+
+
+def describe(source: str | os.PathLike[str] | object, workload: Workload | None = None, **options: object) -> Network:
+    """What a model consists of: components, blocks, bytes. No weight is read.
+
+    Args:
+        source: a folder, a live module or a live pipeline.
+        workload: for the estimate of activations.
+        options: as the host's ``from_pretrained`` would take them (``dtype=torch.bfloat16``).
+
+    Raises:
+        OverflowmlError: the source is no model, or its files are broken.
+    """
+    return _session.describe(source, workload, options)
+
+
+def plan(
+    source: str | os.PathLike[str] | object,
+    overflow: object = True,
+    workload: Workload | None = None,
+    machine: Machine | None = None,
+    **options: object,
+) -> Plan:
+    """The plan that ``from_pretrained(source, overflow=...)`` would carry out, before anything is loaded.
+
+    Args:
+        source: a folder, a live module or a live pipeline.
+        overflow: True, a size such as "8GB", or Limits.
+        workload: what the model will be asked to do.
+        machine: plan for this one instead of the one that runs.
+        options: as the host's ``from_pretrained`` would take them (``dtype=torch.bfloat16``).
+
+    Raises:
+        DoesNotFit: no plan respects the limits; says how many bytes are short and what would help.
+        OverflowmlError: the source or a size is wrong.
+    """
+    limits = Limits.of(overflow)
+    return _session.make_plan(_session.describe(source, workload, options), limits, workload, machine)
+
+
+def manage(target: object, overflow: object = True, workload: Workload | None = None) -> Attachment:
+    """Plan for a loaded model or pipeline and carry the plan out.
+
+    Args:
+        target: a torch module, a transformers model, a diffusers pipeline.
+        overflow: True, a size such as "8GB", or Limits.
+        workload: what the model will be asked to do.
+
+    Returns:
+        The attachment; its ``plan`` says what is where, its ``report()`` what was measured.
+
+    Raises:
+        DoesNotFit: no plan respects the limits; the target is as it was.
+        OverflowmlError: it is managed already, or cannot be.
+    """
+    return _session.manage(target, Limits.of(overflow), workload)
+
+
+def attachment(target: object) -> Attachment | None:
+    """The plan at work on a model or pipeline, None where it is not managed."""
+    return _session.attachment(target)
+
+
+def release(target: object) -> bool:
+    """Give a managed model or pipeline back as it was, with plain weights; False where it was not managed."""
+    return _session.release(target)
+
+
+if not _environment.disabled():
+    install()

@@ -1,0 +1,70 @@
+"""The names that plugin authors may use. Imports no torch."""
+
+from __future__ import annotations
+
+from overflowml_core.errors import (
+    BadCheckpoint,
+    BadLimits,
+    BadPlan,
+    BadSize,
+    DoesNotFit,
+    Managed,
+    NearMiss,
+    NotAModel,
+    OverflowmlError,
+    PlanMismatch,
+    PluginFault,
+    ReadFault,
+    UnsafeCheckpoint,
+    Unsupported,
+)
+from overflowml_core.facts import (
+    Accelerator,
+    Block,
+    Component,
+    HostMemory,
+    Limits,
+    Machine,
+    Network,
+    Rates,
+    TensorFact,
+    Tier,
+    Workload,
+)
+from overflowml_core.plan import Budget, Estimate, PhasePlan, Placement, Plan, Rejected
+from overflowml_core.protocols import Attachment
+
+__all__ = [
+    "Accelerator",
+    "Attachment",
+    "BadCheckpoint",
+    "BadLimits",
+    "BadPlan",
+    "BadSize",
+    "Block",
+    "Budget",
+    "Component",
+    "DoesNotFit",
+    "Estimate",
+    "HostMemory",
+    "Limits",
+    "Machine",
+    "Managed",
+    "NearMiss",
+    "Network",
+    "NotAModel",
+    "OverflowmlError",
+    "PhasePlan",
+    "Placement",
+    "Plan",
+    "PlanMismatch",
+    "PluginFault",
+    "Rates",
+    "ReadFault",
+    "Rejected",
+    "TensorFact",
+    "Tier",
+    "UnsafeCheckpoint",
+    "Unsupported",
+    "Workload",
+]

@@ -1,0 +1,335 @@
+"""What is: networks, machines, workloads and limits, as frozen values. Knows nothing of how they were found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+
+from overflowml_core.errors import BadLimits
+from overflowml_core.units import parse_bytes
+
+
+class Tier(str, Enum):
+    """Where a block's weights lie between two uses.
+
+    DEVICE: resident in the memory that computes (a GPU's, or RAM under the budget on a machine without one).
+    PINNED: in page-locked RAM, which the copy engine reads at full link rate; occupies RAM that cannot be swapped.
+    RAM: in pageable RAM; copies from it are slower and stall the host.
+    DISK: in a file (the model's own, or a packed copy); occupies no memory but a staging slot while it runs.
+    """
+
+    DEVICE = "device"
+    PINNED = "pinned"
+    RAM = "ram"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFact:
+    """One weight of a model: dotted name, shape in elements, dtype as safetensors spells it ("BF16"), size in bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a component that is moved as one: a transformer layer, a stage of a UNet.
+
+    Attributes:
+        name: dotted path of the module inside its component.
+        weight_count: elements, each tied tensor once.
+        stored_bytes: bytes of its tensors as they are loaded.
+        slab_bytes: bytes of the flat buffer that holds them, alignment included.
+        bytes_by_dtype: (dtype, bytes) pairs, sorted.
+        compute_flop: floating-point operations of one call, 0 where nobody measured.
+        activation_bytes: peak of what one call allocates, 0 where nobody measured.
+        tied_to: name of the block whose tensors these are, where the same module is called twice.
+        keep_format: never quantize.
+    """
+
+    name: str
+    weight_count: int
+    stored_bytes: int
+    slab_bytes: int
+    bytes_by_dtype: tuple[tuple[str, int], ...] = ()
+    compute_flop: int = 0
+    activation_bytes: int = 0
+    tied_to: str | None = None
+    keep_format: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A module of a network that runs as one: the transformer, a text encoder, the VAE.
+
+    Attributes:
+        name: its attribute in the pipeline; "model" for a model that stands alone.
+        class_name: class of the module.
+        blocks: in order of execution.
+        resident_bytes: slab bytes of all weights outside the blocks; they are on the device while the component runs.
+        resident_weight_count: elements outside the blocks.
+        bytes_by_dtype: (dtype, bytes) pairs over all weights, tied ones once.
+        phase: components of the same phase run interleaved and share the budget at the same time.
+        passes: how often the component runs per unit of work (denoising steps, tokens).
+        activation_bytes: peak of activations and caches while it runs.
+        activation_source: "measured", "analytic" or "none".
+        fingerprint: over names, shapes and dtypes of all tensors.
+    """
+
+    name: str
+    class_name: str
+    blocks: tuple[Block, ...]
+    resident_bytes: int
+    resident_weight_count: int
+    bytes_by_dtype: tuple[tuple[str, int], ...]
+    phase: str
+    passes: int = 1
+    activation_bytes: int = 0
+    activation_source: str = "none"
+    fingerprint: str = ""
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of the component on the device when all of it is resident."""
+        return self.resident_bytes + sum(block.slab_bytes for block in self.blocks)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of its tensors, without alignment."""
+        return sum(nbytes for _, nbytes in self.bytes_by_dtype)
+
+    @property
+    def weight_count(self) -> int:
+        """Elements of its tensors, tied ones once."""
+        return self.resident_weight_count + sum(block.weight_count for block in self.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A model or pipeline as the planner sees it: components in the order in which they run.
+
+    Attributes:
+        components: in order of execution; equal phases stand together.
+        source: where it was described from, for people.
+        class_name: class of the model or pipeline.
+        fingerprint: over the components; independent of ``source``, so that every host gives the same one.
+    """
+
+    components: tuple[Component, ...]
+    source: str
+    class_name: str
+    fingerprint: str
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all tensors, without alignment."""
+        return sum(component.weight_bytes for component in self.components)
+
+    def phases(self) -> tuple[tuple[str, tuple[Component, ...]], ...]:
+        """The phases in order, each with its components."""
+        order: dict[str, list[Component]] = {}
+        for component in self.components:
+            order.setdefault(component.phase, []).append(component)
+        return tuple((name, tuple(members)) for name, members in order.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """A device that computes.
+
+    Attributes:
+        kind: torch's device type ("cuda", "mps", "xpu", "cpu", or a virtual one).
+        name: as the driver names it.
+        index: among devices of its kind.
+        total_bytes: memory of the device.
+        free_bytes: what was free when it was detected.
+        unified: it computes in host memory, so nothing is gained by copying there.
+        backend: "cuda", "rocm", "mps", "xpu" or "cpu"; ROCm devices have the kind "cuda".
+    """
+
+    kind: str
+    name: str
+    index: int
+    total_bytes: int
+    free_bytes: int
+    unified: bool = False
+    backend: str = ""
+
+    @property
+    def torch_name(self) -> str:
+        """The string that ``torch.device`` takes."""
+        return self.kind if self.kind in ("cpu", "mps") else f"{self.kind}:{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """RAM and cores as this process may use them (a container's limits, not the machine's).
+
+    Attributes:
+        total_bytes: memory limit.
+        available_bytes: what can be taken without swapping.
+        pinnable_bytes: what may be page-locked without starving the system.
+        core_count: cores that this process may run on.
+    """
+
+    total_bytes: int
+    available_bytes: int
+    pinnable_bytes: int
+    core_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Bytes per second between the tiers. ``measured`` is False where they are datasheet values."""
+
+    h2d_bytes_per_s: float
+    d2h_bytes_per_s: float
+    disk_bytes_per_s: float
+    measured: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the plan is made for. ``accelerators`` may be empty: then RAM under the budget is the compute tier."""
+
+    accelerators: tuple[Accelerator, ...]
+    host: HostMemory
+    rates: Rates
+    disk_free_bytes: int
+
+    @property
+    def compute(self) -> Accelerator:
+        """The device that runs the model: the first accelerator, else the CPU."""
+        if self.accelerators:
+            return self.accelerators[0]
+        return Accelerator(
+            kind="cpu",
+            name="CPU",
+            index=0,
+            total_bytes=self.host.total_bytes,
+            free_bytes=self.host.available_bytes,
+            unified=True,
+            backend="cpu",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the model will be asked to do; None where nobody said. Sizes in pixels, frames, images and tokens."""
+
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    batch: int = 1
+    steps: int | None = None
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise BadLimits(f"{field.name}={value!r}: a workload counts in whole numbers from 1; leave it out if you do not know it")
+
+
+QUALITIES = ("lossless", "minimal", "any")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the user grants and asks for.
+
+    Sizes may be given as text ("8GB", "512MiB") and are bytes afterwards.
+
+    Attributes:
+        device_memory: budget of the compute tier in bytes, everything included; None takes what is free.
+        host_memory: RAM for weights that wait outside the device, in bytes; None takes what the system can spare.
+        reserve: bytes of the device budget kept for activations and caches; None lets the plan estimate them.
+        allow_disk: weights may stay on disk.
+        quality: "lossless" changes no weight; "minimal" and "any" permit formats once a quantizer is there.
+        excluded: (format, tier) pairs that may not be used.
+
+    Raises:
+        BadSize: a size cannot be read.
+        BadLimits: fields contradict each other.
+    """
+
+    device_memory: int | str | None = None
+    host_memory: int | str | None = None
+    reserve: int | str | None = None
+    allow_disk: bool = True
+    quality: str = "lossless"
+    excluded: frozenset[tuple[str, str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for name in ("device_memory", "host_memory", "reserve"):
+            value = getattr(self, name)
+            if value is not None and not (name == "reserve" and value == 0 and not isinstance(value, (bool, str))):
+                object.__setattr__(self, name, parse_bytes(value, name))
+        if self.quality not in QUALITIES:
+            raise BadLimits(f"quality={self.quality!r}: not one of {', '.join(QUALITIES)}")
+        if self.device_bytes is not None and self.reserve_bytes is not None and self.reserve_bytes >= self.device_bytes:
+            raise BadLimits(f"reserve={self.reserve_bytes} bytes: not smaller than device_memory={self.device_bytes} bytes; lower one or raise the other")
+
+    @property
+    def device_bytes(self) -> int | None:
+        """``device_memory`` as bytes."""
+        return None if self.device_memory is None else int(self.device_memory)
+
+    @property
+    def host_bytes(self) -> int | None:
+        """``host_memory`` as bytes."""
+        return None if self.host_memory is None else int(self.host_memory)
+
+    @property
+    def reserve_bytes(self) -> int | None:
+        """``reserve`` as bytes."""
+        return None if self.reserve is None else int(self.reserve)
+
+    @classmethod
+    def of(cls, request: object, what: str = "overflow") -> Limits:
+        """Read what a user wrote after ``overflow=``.
+
+        Args:
+            request: True, a size, a Limits, or a mapping of Limits' fields.
+            what: name of the argument, for messages.
+
+        Raises:
+            BadSize: a size that cannot be read.
+            BadLimits: anything else that is none of these.
+        """
+        if request is True:
+            return cls()
+        if isinstance(request, Limits):
+            return request
+        if isinstance(request, (int, str)) and not isinstance(request, bool):
+            return cls(device_memory=parse_bytes(request, what))
+        if isinstance(request, Mapping):
+            known = {field.name for field in fields(cls)}
+            unknown = sorted(str(key) for key in request if key not in known)
+            if unknown:
+                raise BadLimits(f"{what}: unknown field {unknown[0]!r}; the fields are {', '.join(sorted(known))}")
+            return cls(**request)
+        raise BadLimits(f"{what}={request!r}: give True, a size such as '8GB', or overflowml.Limits(device_memory='8GB')")
+
+
+def digest(value: object) -> str:
+    """A stable fingerprint: the first 16 hex digits of SHA-256 over canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def tensors_fingerprint(class_name: str, tensors: Iterable[TensorFact]) -> str:
+    """Fingerprint of a component: its class and every tensor's name, shape and dtype, in any order."""
+    return digest([class_name, sorted([t.name, list(t.shape), t.dtype] for t in tensors)])
+
+
+def network_fingerprint(class_name: str, components: Iterable[Component]) -> str:
+    """Fingerprint of a network: its class, and name, phase and fingerprint of each component, in order."""
+    return digest([class_name, [[c.name, c.phase, c.fingerprint] for c in components]])

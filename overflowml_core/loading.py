@@ -1,0 +1,70 @@
+"""A load under way: what the user asked for, and where the weights that the host left unread are to be found.
+
+Host plugins see a request at their ``from_pretrained`` and fill in origins deep inside the host's loader; nested loads (the components of a
+pipeline) find the request of the outermost one here. Knows nothing of torch: parameters are opaque objects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from overflowml_core.facts import Limits, Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a weight lies in a file: absolute offset and size in bytes, dtype as safetensors spells it, shape in elements."""
+
+    path: Path
+    offset_bytes: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Loading:
+    """One request for a model, from the flag to the finished model.
+
+    Attributes:
+        limits: what the user granted.
+        workload: what the model will do.
+        describe_only: nothing is loaded at all; parameters stay without data.
+        origins: by id of a parameter without data, the parameter (kept alive, so that the id stays its own) and where its data is.
+    """
+
+    limits: Limits
+    workload: Workload = field(default_factory=Workload)
+    describe_only: bool = False
+    origins: dict[int, tuple[object, Origin]] = field(default_factory=dict)
+
+    def defer(self, parameter: object, origin: Origin) -> None:
+        """Note that the data of this parameter is to be read from its origin later."""
+        self.origins[id(parameter)] = (parameter, origin)
+
+    def origin_of(self, parameter: object) -> Origin | None:
+        """Where the data of a parameter is, None where nobody deferred it."""
+        known = self.origins.get(id(parameter))
+        return known[1] if known is not None and known[0] is parameter else None
+
+
+_current: ContextVar[Loading | None] = ContextVar("overflowml_loading", default=None)
+
+
+def current() -> Loading | None:
+    """The load under way in this context, None in a load that is not ours."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def loading(request: Loading | None) -> Iterator[Loading | None]:
+    """Make a request the one under way; None hides an outer one from loads that are none of its business."""
+    token = _current.set(request)
+    try:
+        yield request
+    finally:
+        _current.reset(token)

@@ -1,0 +1,377 @@
+"""What shall be: a plan, immutable, as versioned JSON, checked before anybody uses it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from overflowml_core.errors import BadPlan, OverflowmlError
+from overflowml_core.facts import Limits, Tier, Workload, digest
+
+PLAN_SCHEMA = 1
+"""Version of the JSON form. It changes when a field changes its meaning; docs/plan-format.md lists the fields."""
+
+_LARGEST_PLAN_CHARS = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one block lives.
+
+    Attributes:
+        component: name of its component.
+        block: name of the block inside it.
+        tier: DEVICE where it is resident while its phase runs, else where it is streamed from.
+        home: where its weights are when its phase does not run; DEVICE where they never leave.
+        stored_bytes: bytes of its slab.
+    """
+
+    component: str
+    block: str
+    tier: Tier
+    home: Tier
+    stored_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A prediction, or with the same fields what was measured. Bytes, seconds; None where nobody knows.
+
+    Attributes:
+        device_peak_bytes: most bytes taken of the compute tier.
+        pinned_bytes: page-locked RAM.
+        ram_bytes: pageable RAM that holds weights outside the compute tier.
+        disk_bytes: weights that are read from disk when they are needed.
+        streamed_bytes: weights that move to the device in one pass.
+        pass_s, compute_s, transfer_s, stall_s: one pass, and what it consists of.
+        bound_by: "compute", "link", "disk" or None.
+    """
+
+    device_peak_bytes: int = 0
+    pinned_bytes: int = 0
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    streamed_bytes: int = 0
+    pass_s: float | None = None
+    compute_s: float | None = None
+    transfer_s: float | None = None
+    stall_s: float | None = None
+    bound_by: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PhasePlan:
+    """What the compute tier holds while one phase runs.
+
+    Attributes:
+        name: the phase.
+        components: its components, in order.
+        fixed_bytes: slabs of all weights outside blocks.
+        fixed_home: where these are when the phase does not run; DEVICE where they never leave.
+        slot_count: staging slots; block i of the streamed ones always uses slot i modulo this.
+        slot_bytes: size of a slot, the largest streamed slab.
+        activation_bytes: kept free for activations and caches.
+        placements: one per block, in order of execution.
+        estimate: what this phase will take.
+    """
+
+    name: str
+    components: tuple[str, ...]
+    fixed_bytes: int
+    fixed_home: Tier
+    slot_count: int
+    slot_bytes: int
+    activation_bytes: int
+    placements: tuple[Placement, ...]
+    estimate: Estimate
+
+    @property
+    def resident_bytes(self) -> int:
+        """Slabs of the blocks that stay on the device while the phase runs."""
+        return sum(p.stored_bytes for p in self.placements if p.tier is Tier.DEVICE)
+
+    @property
+    def streamed(self) -> tuple[Placement, ...]:
+        """The blocks that pass through the staging slots, in order."""
+        return tuple(p for p in self.placements if p.tier is not Tier.DEVICE)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of the compute tier in this phase: weights, slots, activations."""
+        return self.fixed_bytes + self.resident_bytes + self.slot_count * self.slot_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A strategy that was considered and not chosen, and why."""
+
+    strategy: str
+    reason: str
+    estimate: Estimate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The limits as they were resolved against the machine, in bytes."""
+
+    device_bytes: int
+    host_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which weights are where, when. See docs/plan-format.md for each field.
+
+    ``fingerprint`` names the decision: it is the same in every host, for the same model, device kind, workload and limits, and the same placements.
+    """
+
+    strategy: str
+    network: str
+    network_fingerprint: str
+    weight_bytes: int
+    device: str
+    device_name: str
+    workload: Workload
+    limits: Limits
+    budget: Budget
+    phases: tuple[PhasePlan, ...]
+    estimate: Estimate
+    rejected: tuple[Rejected, ...] = ()
+    reasons: tuple[str, ...] = ()
+    schema: int = PLAN_SCHEMA
+    fingerprint: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.fingerprint:
+            object.__setattr__(self, "fingerprint", self._digest())
+
+    def _digest(self) -> str:
+        document = self._document()
+        # What varies from run to run without changing the decision stays out: free bytes, words, and predictions.
+        for transient in ("budget", "estimate", "rejected", "reasons", "device_name", "fingerprint", "network"):
+            del document[transient]
+        document["device"] = self.device.partition(":")[0]
+        for phase in document["phases"]:
+            del phase["estimate"]
+        return digest(document)
+
+    @property
+    def managed(self) -> bool:
+        """Whether anything is left for the runtime to do: False where all weights simply stay on the device."""
+        return self.strategy != "direct"
+
+    def placements(self) -> tuple[Placement, ...]:
+        """All placements of all phases, in order."""
+        return tuple(p for phase in self.phases for p in phase.placements)
+
+    def phase_of(self, component: str) -> PhasePlan | None:
+        """The phase in which a component runs, None where the plan does not know the component."""
+        return next((phase for phase in self.phases if component in phase.components), None)
+
+    def check(self) -> Plan:
+        """Hold the plan against its own limits and return it.
+
+        Raises:
+            BadPlan: it is over its budget, a slot is too small, a block stands twice, or a number is negative.
+        """
+        _check(self)
+        return self
+
+    def summary(self) -> str:
+        """The plan in words, for a terminal."""
+        from overflowml_core.planner.explain import summarize
+
+        return summarize(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The plan as JSON, in the form of docs/plan-format.md."""
+        return json.dumps(self._document(), indent=indent, sort_keys=False)
+
+    def _document(self) -> dict[str, Any]:
+        return {name: _plain(getattr(self, name)) for name in _ORDER}
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            BadPlan: the text is no plan of this version, or the plan breaks its own limits.
+        """
+        if len(text) > _LARGEST_PLAN_CHARS:
+            raise BadPlan(f"plan: {len(text)} characters; no plan is longer than {_LARGEST_PLAN_CHARS}")
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadPlan(f"plan: not JSON ({error}); write one with 'overflowml plan SOURCE --json'") from None
+        if not isinstance(document, dict) or document.get("schema") != PLAN_SCHEMA:
+            found = document.get("schema") if isinstance(document, dict) else type(document).__name__
+            raise BadPlan(f"plan: schema {found!r}, this version reads {PLAN_SCHEMA}; make the plan again with this version")
+        try:
+            plan = _read_plan(document)
+        except BadPlan:
+            raise
+        except (OverflowmlError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BadPlan(f"plan: malformed ({type(error).__name__}: {error}); make the plan again") from None
+        if plan.fingerprint != plan._digest():
+            raise BadPlan(f"plan: fingerprint {plan.fingerprint!r} does not belong to its contents; it was edited: make the plan again")
+        return plan.check()
+
+
+_ORDER = (
+    "schema",
+    "fingerprint",
+    "strategy",
+    "network",
+    "network_fingerprint",
+    "weight_bytes",
+    "device",
+    "device_name",
+    "workload",
+    "limits",
+    "budget",
+    "phases",
+    "estimate",
+    "rejected",
+    "reasons",
+)
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 -- JSON has no narrower type
+    if isinstance(value, Tier):
+        return value.value
+    if isinstance(value, (frozenset, set)):
+        return sorted(_plain(v) for v in value)
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    names = getattr(type(value), "__dataclass_fields__", None)
+    if names is not None:
+        return {name: _plain(getattr(value, name)) for name in names}
+    return value
+
+
+def _count(value: object, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise BadPlan(f"plan: {what}={value!r} is not a whole number from 0; make the plan again")
+    return value
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise BadPlan(f"plan: {what}={value!r} is not text; make the plan again")
+    return value
+
+
+def _seconds(value: object, what: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise BadPlan(f"plan: {what}={value!r} is not a time in seconds; make the plan again")
+    return float(value)
+
+
+def _read_estimate(document: Mapping[str, Any]) -> Estimate:
+    counts = {n: _count(document[n], n) for n in ("device_peak_bytes", "pinned_bytes", "ram_bytes", "disk_bytes", "streamed_bytes")}
+    times = {n: _seconds(document[n], n) for n in ("pass_s", "compute_s", "transfer_s", "stall_s")}
+    bound = document["bound_by"]
+    return Estimate(**counts, **times, bound_by=None if bound is None else _text(bound, "bound_by"))
+
+
+def _read_phase(document: Mapping[str, Any]) -> PhasePlan:
+    return PhasePlan(
+        name=_text(document["name"], "phase"),
+        components=tuple(_text(c, "component") for c in document["components"]),
+        fixed_bytes=_count(document["fixed_bytes"], "fixed_bytes"),
+        fixed_home=Tier(document["fixed_home"]),
+        slot_count=_count(document["slot_count"], "slot_count"),
+        slot_bytes=_count(document["slot_bytes"], "slot_bytes"),
+        activation_bytes=_count(document["activation_bytes"], "activation_bytes"),
+        placements=tuple(
+            Placement(
+                component=_text(p["component"], "component"),
+                block=_text(p["block"], "block"),
+                tier=Tier(p["tier"]),
+                home=Tier(p["home"]),
+                stored_bytes=_count(p["stored_bytes"], "stored_bytes"),
+            )
+            for p in document["placements"]
+        ),
+        estimate=_read_estimate(document["estimate"]),
+    )
+
+
+def _read_plan(document: Mapping[str, Any]) -> Plan:
+    limits = dict(document["limits"])
+    limits["excluded"] = frozenset((_text(f, "excluded"), _text(t, "excluded")) for f, t in limits["excluded"])
+    for name in ("device_memory", "host_memory", "reserve"):
+        if limits[name] is not None:
+            _count(limits[name], name)
+    budget = document["budget"]
+    return Plan(
+        strategy=_text(document["strategy"], "strategy"),
+        network=_text(document["network"], "network"),
+        network_fingerprint=_text(document["network_fingerprint"], "network_fingerprint"),
+        weight_bytes=_count(document["weight_bytes"], "weight_bytes"),
+        device=_text(document["device"], "device"),
+        device_name=_text(document["device_name"], "device_name"),
+        workload=Workload(**document["workload"]),
+        limits=Limits(**limits),
+        budget=Budget(**{n: _count(budget[n], n) for n in ("device_bytes", "host_bytes", "disk_bytes")}),
+        phases=tuple(_read_phase(p) for p in document["phases"]),
+        estimate=_read_estimate(document["estimate"]),
+        rejected=tuple(
+            Rejected(_text(r["strategy"], "strategy"), _text(r["reason"], "reason"), _read_estimate(r["estimate"]) if r["estimate"] is not None else None)
+            for r in document["rejected"]
+        ),
+        reasons=tuple(_text(r, "reasons") for r in document["reasons"]),
+        schema=_count(document["schema"], "schema"),
+        fingerprint=_text(document["fingerprint"], "fingerprint") or "missing",
+    )
+
+
+def _check(plan: Plan) -> None:
+    seen: set[tuple[str, str]] = set()
+    owners: set[str] = set()
+    for phase in plan.phases:
+        where = f"plan {plan.fingerprint}, phase {phase.name}"
+        for component in phase.components:
+            if component in owners:
+                raise BadPlan(f"{where}: component {component} stands in two phases; each runs in one")
+            owners.add(component)
+        for placement in phase.placements:
+            key = (placement.component, placement.block)
+            if placement.component not in phase.components or key in seen:
+                raise BadPlan(f"{where}: block {placement.component}.{placement.block} is placed twice or in a foreign phase; place each block once")
+            seen.add(key)
+            if placement.tier is not Tier.DEVICE and placement.stored_bytes > phase.slot_bytes:
+                raise BadPlan(
+                    f"{where}: slots of {phase.slot_bytes} bytes, but block {placement.block} takes {placement.stored_bytes}; make the slots as large as the largest streamed block"
+                )
+        if phase.streamed and phase.slot_count < 1:
+            raise BadPlan(f"{where}: {len(phase.streamed)} streamed blocks and no staging slot; give it at least one")
+    needed = held_bytes(plan)
+    if needed > plan.budget.device_bytes:
+        raise BadPlan(f"plan {plan.fingerprint}: takes {needed} bytes of a budget of {plan.budget.device_bytes}; it must not be over its own budget")
+    if plan.estimate.device_peak_bytes < needed:
+        raise BadPlan(f"plan {plan.fingerprint}: predicts a peak of {plan.estimate.device_peak_bytes} bytes and takes {needed}; the prediction must cover it")
+
+
+def held_bytes(plan: Plan) -> int:
+    """Most bytes of the compute tier that the plan takes at any moment.
+
+    Phases of a direct plan are on the device together; otherwise they take turns.
+    """
+    per_phase = [phase.device_bytes for phase in plan.phases]
+    if not per_phase:
+        return 0
+    if plan.strategy == "direct":
+        activations = max(phase.activation_bytes for phase in plan.phases)
+        return sum(phase.device_bytes - phase.activation_bytes for phase in plan.phases) + activations
+    return max(per_phase)
+
+
+def with_reasons(plan: Plan, *reasons: str) -> Plan:
+    """The same plan with more reasons; its fingerprint stays."""
+    return replace(plan, reasons=plan.reasons + reasons)

@@ -1,0 +1,25 @@
+"""What a mechanism plugin hands over. Imports nothing at run time but the standard library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from overflowml_core.facts import Network
+    from overflowml_core.plan import Estimate, Plan
+
+
+@runtime_checkable
+class Attachment(Protocol):
+    """A plan at work on a model or pipeline, until it is detached."""
+
+    plan: Plan
+    network: Network
+
+    def report(self) -> Estimate:
+        """What was measured so far, in the fields of the plan's estimate."""
+        ...
+
+    def detach(self) -> None:
+        """Give the model back as it was, bit for bit, and free what was allocated. A second call does nothing."""
+        ...

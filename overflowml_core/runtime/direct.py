@@ -1,0 +1,70 @@
+"""A plan under which everything fits: weights are brought in once and stay; nothing is hooked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from overflowml_core.facts import Network
+from overflowml_core.loading import Loading
+from overflowml_core.plan import Estimate, Plan
+from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.homes import FileMaps, rehome
+from overflowml_core.runtime.slab import Entry, lay_out
+from overflowml_core.runtime.source import FileReader, fill, is_stored_as_is
+from overflowml_core.runtime.structure import dissect
+
+
+class Direct:
+    """The attachment of a direct plan. See :class:`overflowml_core.protocols.Attachment`."""
+
+    def __init__(self, plan: Plan, network: Network, device: Device) -> None:
+        self.plan = plan
+        self.network = network
+        self.device = device
+
+    def attach(self, modules: Mapping[str, nn.Module], loading: Loading | None) -> Direct:
+        """Bring in what the host left unread and move the modules to the device.
+
+        Raises:
+            ReadFault: a file is gone or shorter than it was.
+            torch.OutOfMemoryError: the device has less room than the machine reported.
+        """
+        self.device.reset_peak()
+        with torch.inference_mode(False), torch.no_grad(), FileReader() as reader:
+            maps = FileMaps()
+            for module in modules.values():
+                _bring_in(module, loading, reader, maps)
+                if not self.device.on_host:
+                    module.to(self.device.torch_device)
+        return self
+
+    def report(self) -> Estimate:
+        """What was measured: the peak of the device's allocator. On the CPU the weights are the host's own, and so is their memory."""
+        measured = self.device.peak_bytes()
+        return Estimate(device_peak_bytes=measured if not self.device.on_host else self.plan.estimate.device_peak_bytes)
+
+    def on_detach(self, undo: object) -> None:
+        """Nothing of a host's is changed under a direct plan."""
+
+    def detach(self) -> None:
+        """Nothing to give back: the weights stay where they are."""
+
+
+def _bring_in(module: nn.Module, loading: Loading | None, reader: FileReader, maps: FileMaps) -> None:
+    for unit in dissect(module).units:
+        slab = lay_out(unit, loading)
+        slab.install(tuple(_whole(entry, reader, maps) for entry in slab.entries))
+
+
+def _whole(entry: Entry, reader: FileReader, maps: FileMaps) -> nn.Parameter:
+    parameter = entry.weight.parameter
+    if not parameter.is_meta:
+        return parameter
+    if is_stored_as_is(entry):
+        return rehome(entry, maps.view(entry))
+    data = torch.empty(entry.nbytes, dtype=torch.uint8)
+    fill([entry], data, reader, entry.offset_bytes)
+    return rehome(entry, entry.view(data, entry.offset_bytes))

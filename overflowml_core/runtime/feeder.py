@@ -1,0 +1,99 @@
+"""Brings slabs from their homes onto the device: from RAM in one copy, from disk through a ring of staging buffers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.homes import Home
+from overflowml_core.runtime.slab import Slab
+from overflowml_core.runtime.source import FileReader, Piece, cut, fill, windows
+
+_RING_COUNT = 2
+"""Two buffers: the disk fills one while the copy engine empties the other."""
+
+LARGEST_WINDOW_BYTES = 64 * 2**20
+"""Bytes of one read when whole slabs are brought in at load. Larger reads gain nothing: comfy-aimdo reads 64 MiB windows, and so do we."""
+
+
+class Feeder:
+    """Moves bytes to the device in order. Its ring is taken on first use, since models that fit RAM never read from disk.
+
+    On a device that computes in RAM, files are read straight to where they are needed, and there is no ring.
+    """
+
+    def __init__(self, device: Device, reader: FileReader, window_bytes: int) -> None:
+        """Plan the ring.
+
+        Args:
+            device: where to.
+            reader: where from.
+            window_bytes: size of each ring buffer; the plan counts two of them as pinned.
+        """
+        self.device = device
+        self.reader = reader
+        self._window_bytes = max(window_bytes, 1)
+        self._ring: list[tuple[torch.Tensor, Any]] = []
+        self._turn = 0
+        # The reader thread streams blocks while a phase switch may bring in residents; both use the ring.
+        self._lock = threading.Lock()
+
+    def feed(self, home: Home, target: torch.Tensor, after: Any, done: Any) -> None:
+        """Bring a slab from its home to the device.
+
+        Args:
+            home: in RAM or on disk.
+            target: bytes on the device, at least as many as the slab has.
+            after: event before which the target must not be written.
+            done: event to record behind the last copy.
+
+        Raises:
+            ReadFault: a file is gone or shorter than it was.
+        """
+        if home.host is not None:
+            self.device.copy(target[: home.slab.nbytes], home.host, after, done)
+        elif self.device.on_host:
+            self.reader.read(home.pieces, target)
+        else:
+            self._through_ring(home.pieces, home.slab.nbytes, target, after)
+            self.device.record_copies(done)
+
+    def _through_ring(self, pieces: Sequence[Piece], nbytes: int, target: torch.Tensor, after: Any) -> None:
+        with self._lock:
+            for first in range(0, nbytes, self._window_bytes):
+                last = min(first + self._window_bytes, nbytes)
+                buffer, free = self._next_buffer()
+                self.reader.read(cut(pieces, first, last), buffer)
+                self.device.copy(target[first:last], buffer[: last - first], after, free)
+
+    def _next_buffer(self) -> tuple[torch.Tensor, Any]:
+        if not self._ring:
+            self._ring = [(self.device.host_buffer(self._window_bytes, pin=True), self.device.new_event()) for _ in range(_RING_COUNT)]
+        buffer, free = self._ring[self._turn]
+        self._turn = (self._turn + 1) % _RING_COUNT
+        # The copy that last left this buffer must be over before the disk may write into it.
+        self.device.wait_on_host(free)
+        return buffer, free
+
+    def load(self, slab: Slab, target: torch.Tensor) -> None:
+        """Bring a slab to the device from wherever its weights come from, waiting until it is there.
+
+        Raises:
+            ReadFault: a file is gone or shorter than it was.
+            PlanMismatch: a weight has neither data nor an origin.
+        """
+        if self.device.on_host:
+            fill(slab.entries, target, self.reader)
+            return
+        for first, last, entries in windows(slab.entries, LARGEST_WINDOW_BYTES):
+            buffer = torch.empty(last - first, dtype=torch.uint8)
+            fill(entries, buffer, self.reader, first)
+            target[first:last].copy_(buffer)
+
+    def close(self) -> None:
+        """Let the ring go."""
+        self._ring = []

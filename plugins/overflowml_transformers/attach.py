@@ -1,0 +1,30 @@
+"""What a managed transformers model needs beyond streaming: a device map that tells the truth, and guards."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from overflowml_core.facts import Tier
+from overflowml_core.runtime.guards import MODULE_MOVES, guard
+
+_ON = {Tier.PINNED: "cpu", Tier.RAM: "cpu", Tier.DISK: "disk"}
+
+
+def after_attach(model: Any, attachment: Any) -> None:  # noqa: ANN401
+    """Set ``hf_device_map`` and guard the methods that move weights; both end with the attachment."""
+    plan = attachment.plan
+    # transformers.pipeline takes the first value for its device; generate looks for "cpu" and "disk" to leave compilation off.
+    device_map: OrderedDict[str, str] = OrderedDict({"": plan.device})
+    device_map.update((p.block, _ON[p.tier]) for p in plan.placements() if p.tier is not Tier.DEVICE)
+    before = vars(model).get("hf_device_map")
+    vars(model)["hf_device_map"] = device_map
+
+    def undo() -> None:
+        if before is None:
+            vars(model).pop("hf_device_map", None)
+        else:
+            vars(model)["hf_device_map"] = before
+
+    attachment.on_detach(undo)
+    attachment.on_detach(guard(model, MODULE_MOVES, "model"))

@@ -1,0 +1,197 @@
+"""The two places of transformers that are replaced while the host is installed, and the factory ``pipeline``.
+
+``PreTrainedModel.from_pretrained`` takes the request out of the arguments. ``PreTrainedModel._load_pretrained_model`` is the one point where the
+finished model, its files and the host's own renaming of keys are known and nothing is read yet: there weights that lie in a file
+one to one are left unread, and the rest is loaded by the host as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from overflowml_core import session
+from overflowml_core.errors import BadLimits, UnsafeCheckpoint
+from overflowml_core.facts import Limits
+from overflowml_core.loading import Loading, current, loading
+from overflowml_core.patching import Patch, after_import
+
+DEVICE_MAP = "overflowml"
+_patches: list[Patch] = []
+_load_patch: list[Patch] = []
+_stop_waiting: list[Callable[[], None]] = []
+
+
+def install() -> None:
+    """Patch the host where it is imported, else wait for its import."""
+    _stop_waiting.append(after_import("transformers.modeling_utils", _patch_models))
+    _stop_waiting.append(after_import("transformers.pipelines", _patch_pipelines))
+
+
+def uninstall() -> None:
+    """Take all patches back and stop waiting."""
+    while _stop_waiting:
+        _stop_waiting.pop()()
+    while _patches:
+        _patches.pop().undo()
+    while _load_patch:
+        _load_patch.pop().undo()
+
+
+def _patch_models(module: ModuleType) -> None:
+    _patches.append(Patch(module.PreTrainedModel, "from_pretrained", _make_from_pretrained))
+    if not _load_patch:
+        _load_patch.append(Patch(module.PreTrainedModel, "_load_pretrained_model", _make_load))
+
+
+def _patch_pipelines(module: ModuleType) -> None:
+    _patches.append(Patch(module, "pipeline", _make_pipeline))
+    _patches.append(Patch(module.Pipeline, "__init__", _make_pipeline_init))
+    import transformers
+
+    # transformers hands out lazily what its submodules define; if it has done so already, it keeps the old function.
+    if "pipeline" in vars(transformers):
+        _patches.append(Patch(transformers, "pipeline", lambda _: module.pipeline))
+
+
+@contextlib.contextmanager
+def deferring() -> Iterator[None]:
+    """Have the loader patched, as it is anyway while the host is installed."""
+    from transformers import modeling_utils
+
+    if _load_patch:
+        yield
+        return
+    patch = Patch(modeling_utils.PreTrainedModel, "_load_pretrained_model", _make_load)
+    try:
+        yield
+    finally:
+        patch.undo()
+
+
+def _make_from_pretrained(original: Any) -> Any:  # noqa: ANN401 -- a classmethod object
+    function = original.__func__
+
+    @functools.wraps(function)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        limits = take_request(kwargs)
+        if limits is None or current() is not None:
+            return function(cls, *args, **kwargs)
+        check_source(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
+        request = Loading(limits)
+        with loading(request):
+            loaded = function(cls, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        session.manage(model, limits, load=request)
+        return loaded
+
+    return classmethod(from_pretrained)
+
+
+def take_request(kwargs: dict[str, Any]) -> Limits | None:
+    """Take ``overflow=``, ``device_map="overflowml"`` and ``max_memory=`` out of the arguments of a load.
+
+    Returns:
+        What the user grants, None where the load is not for us.
+
+    Raises:
+        BadLimits, BadSize: the request contradicts itself or cannot be read.
+    """
+    overflow = kwargs.pop("overflow", None)
+    device_map = kwargs.get("device_map")
+    by_map = isinstance(device_map, str) and device_map.partition(":")[0] == DEVICE_MAP
+    if overflow is None or overflow is False:
+        if not by_map:
+            return None
+        overflow = device_map.partition(":")[2] or True  # type: ignore[union-attr]
+    elif device_map is not None and not by_map:
+        raise BadLimits(f"overflow={overflow!r} and device_map={device_map!r}: give one of them; overflowml makes the device map itself")
+    limits = Limits.of(overflow)
+    kwargs.pop("device_map", None)
+    max_memory = kwargs.pop("max_memory", None)
+    return limits if max_memory is None else _with_max_memory(limits, max_memory)
+
+
+def _with_max_memory(limits: Limits, max_memory: Any) -> Limits:  # noqa: ANN401
+    if not isinstance(max_memory, dict):
+        raise BadLimits(f"max_memory={max_memory!r}: give a mapping such as {{0: '8GB', 'cpu': '32GB'}}")
+    device = [size for key, size in max_memory.items() if key not in ("cpu", "disk")]
+    if len(device) > 1:
+        raise BadLimits(f"max_memory={max_memory!r}: this version runs a model on one accelerator; give a size for one")
+    return Limits(
+        device_memory=limits.device_memory if limits.device_memory is not None or not device else device[0],
+        host_memory=limits.host_memory if limits.host_memory is not None else max_memory.get("cpu"),
+        reserve=limits.reserve,
+        allow_disk=limits.allow_disk,
+        quality=limits.quality,
+        excluded=limits.excluded,
+    )
+
+
+def check_source(source: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+    """Look at the files of a local folder before the host does, for errors that name the file and the way out.
+
+    Raises:
+        NotAModel, BadCheckpoint, UnsafeCheckpoint: there is no model, or it is broken, or it is pickle.
+    """
+    from overflowml_core.inspect import open_checkpoint
+
+    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir():
+        return
+    if kwargs.get("gguf_file") or kwargs.get("state_dict") is not None or (Path(source) / "adapter_config.json").exists():
+        return
+    open_checkpoint(Path(source) / (kwargs.get("subfolder") or ""), variant=kwargs.get("variant"))
+
+
+def _make_load(original: Any) -> Any:  # noqa: ANN401 -- a staticmethod object
+    function = original.__func__
+
+    @functools.wraps(function)
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        request = current()
+        if request is None or state_dict is not None or not checkpoint_files or load_config.hf_quantizer is not None:
+            return function(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        pickles = [name for name in checkpoint_files if not str(name).endswith(".safetensors")]
+        if pickles:
+            raise UnsafeCheckpoint(
+                pickles[0], "the weights are pickle, which runs code when it is read", "save them as safetensors with save_pretrained first"
+            )
+        from overflowml_transformers.defer import defer_weights
+
+        deferred, left = defer_weights(model, checkpoint_files, load_config, request)
+        result = function(model, left, checkpoint_files, load_config, *args, **kwargs)
+        result[0].missing_keys.difference_update(deferred)
+        return result
+
+    return staticmethod(load)
+
+
+def _make_pipeline(original: Any) -> Any:  # noqa: ANN401
+    @functools.wraps(original)
+    def pipeline(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        overflow = kwargs.pop("overflow", None)
+        if overflow is not None and overflow is not False:
+            if isinstance(kwargs.get("model", args[1] if len(args) > 1 else None), (str, type(None))):
+                kwargs["model_kwargs"] = {**(kwargs.get("model_kwargs") or {}), "overflow": Limits.of(overflow)}
+            else:
+                kwargs["overflow"] = overflow  # a live model: Pipeline.__init__ sees to it
+        return original(*args, **kwargs)
+
+    return pipeline
+
+
+def _make_pipeline_init(original: Any) -> Any:  # noqa: ANN401
+    @functools.wraps(original)
+    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, N807
+        # Reached with the request still in it when the factory was imported by name before it was patched, or with a live model.
+        overflow = kwargs.pop("overflow", None)
+        if overflow is not None and overflow is not False and session.attachment(model) is None:
+            session.manage(model, Limits.of(overflow))
+        original(self, model, *args, **kwargs)
+
+    return __init__
