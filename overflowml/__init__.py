@@ -38,26 +38,18 @@ __all__ = [
     "uninstall",
 ]
 
-_installed = False
-
 
 def install() -> None:
     """Put ``overflow=`` and ``device_map="overflowml"`` into the hosts. A second call does nothing.
 
     Happens by itself at import, unless the environment variable OVERFLOWML_DISABLE is set.
     """
-    global _installed
-    if not _installed:
-        _installed = True
-        _session.plugins().install_hosts()
+    _session.install()
 
 
 def uninstall() -> None:
     """Leave the hosts' functions exactly as they were. Models that are managed stay so."""
-    global _installed
-    if _installed:
-        _installed = False
-        _session.plugins().uninstall_hosts()
+    _session.uninstall()
 
 
 def detect() -> Machine:

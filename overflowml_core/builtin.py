@@ -36,7 +36,7 @@ def overflowml_describe(source: object, workload: Workload) -> Network | None:
 
     component = describe_module(source, "model")  # type: ignore[arg-type]
     name = type(source).__name__
-    return Network((component,), f"a live {name}", name, network_fingerprint(name, (component,)))
+    return Network((component,), f"a live {name}", name, network_fingerprint((component,)))
 
 
 @hookimpl(trylast=True)

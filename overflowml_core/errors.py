@@ -13,6 +13,10 @@ from pathlib import Path
 class OverflowmlError(Exception):
     """Base of every error that a user of the project can meet. One line: what is wrong, with its value, and the way out."""
 
+    def __init__(self, message: str = "") -> None:
+        # Values and paths are quoted as they are, and may hold line ends.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class BadSize(OverflowmlError):
     """A budget or another size that cannot be read."""
@@ -113,7 +117,9 @@ class PluginFault(OverflowmlError):
 
     def __init__(self, plugin: str, hook: str, problem: str) -> None:
         self.plugin, self.hook = plugin, hook
-        super().__init__(f"plugin {plugin}, {hook}: {problem}; fix or uninstall it, or leave it out with OVERFLOWML_DISABLE_PLUGINS={plugin}")
+        super().__init__(
+            f"plugin {plugin}, {hook}: {problem}; fix or uninstall it, or leave it out with OVERFLOWML_DISABLE_PLUGINS={plugin}"
+        )
 
 
 class Unsupported(OverflowmlError):

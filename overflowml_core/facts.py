@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
+from typing import Any
 
 from overflowml_core.errors import BadLimits
 from overflowml_core.units import parse_bytes
@@ -238,6 +239,10 @@ class Workload:
                 raise BadLimits(f"{field.name}={value!r}: a workload counts in whole numbers from 1; leave it out if you do not know it")
 
 
+class Bytes(int):
+    """A size that was read already, and is not held against what a person would write."""
+
+
 QUALITIES = ("lossless", "minimal", "any")
 
 
@@ -270,12 +275,17 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("device_memory", "host_memory", "reserve"):
             value = getattr(self, name)
-            if value is not None and not (name == "reserve" and value == 0 and not isinstance(value, (bool, str))):
-                object.__setattr__(self, name, parse_bytes(value, name))
+            if value is not None and not isinstance(value, Bytes):
+                none_reserved = name == "reserve" and value == 0 and not isinstance(value, (bool, str))
+                object.__setattr__(self, name, Bytes(0 if none_reserved else parse_bytes(value, name)))
+        if not isinstance(self.allow_disk, bool):
+            raise BadLimits(f"allow_disk={self.allow_disk!r}: give True or False")
         if self.quality not in QUALITIES:
             raise BadLimits(f"quality={self.quality!r}: not one of {', '.join(QUALITIES)}")
         if self.device_bytes is not None and self.reserve_bytes is not None and self.reserve_bytes >= self.device_bytes:
-            raise BadLimits(f"reserve={self.reserve_bytes} bytes: not smaller than device_memory={self.device_bytes} bytes; lower one or raise the other")
+            raise BadLimits(
+                f"reserve={self.reserve_bytes} bytes: not smaller than device_memory={self.device_bytes} bytes; lower one or raise the other"
+            )
 
     @property
     def device_bytes(self) -> int | None:
@@ -291,6 +301,12 @@ class Limits:
     def reserve_bytes(self) -> int | None:
         """``reserve`` as bytes."""
         return None if self.reserve is None else int(self.reserve)
+
+    @classmethod
+    def exactly(cls, device_memory: int | None = None, host_memory: int | None = None, reserve: int | None = None, **others: Any) -> Limits:
+        """Limits from sizes in bytes as another Limits gave them, small ones too."""
+        device, host, kept = (None if size is None else Bytes(size) for size in (device_memory, host_memory, reserve))
+        return cls(device_memory=device, host_memory=host, reserve=kept, **others)
 
     @classmethod
     def of(cls, request: object, what: str = "overflow") -> Limits:
@@ -330,6 +346,9 @@ def tensors_fingerprint(class_name: str, tensors: Iterable[TensorFact]) -> str:
     return digest([class_name, sorted([t.name, list(t.shape), t.dtype] for t in tensors)])
 
 
-def network_fingerprint(class_name: str, components: Iterable[Component]) -> str:
-    """Fingerprint of a network: its class, and name, phase and fingerprint of each component, in order."""
-    return digest([class_name, [[c.name, c.phase, c.fingerprint] for c in components]])
+def network_fingerprint(components: Iterable[Component]) -> str:
+    """Fingerprint of a network: name, phase and fingerprint of each component, in order.
+
+    The class of a pipeline stays out: text to image and image to image over the same components need the same plan.
+    """
+    return digest([[c.name, c.phase, c.fingerprint] for c in components])

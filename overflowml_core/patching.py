@@ -32,7 +32,9 @@ class Patch:
         self.owner, self.name = owner, name
         self.original = owner.__dict__.get(name, _MISSING)
         if self.original is _MISSING:
-            raise AttributeError(f"{owner.__name__}.{name} is not there any more; this version of overflowml does not fit the installed host")
+            raise AttributeError(
+                f"{owner.__name__}.{name} is not there any more; this version of overflowml does not fit the installed host"
+            )
         self.replacement = make(self.original)
         setattr(owner, name, self.replacement)
 

@@ -14,6 +14,8 @@ PLAN_SCHEMA = 1
 """Version of the JSON form. It changes when a field changes its meaning; docs/plan-format.md lists the fields."""
 
 _LARGEST_PLAN_CHARS = 64 * 2**20
+_LARGEST_COUNT = 2**60
+_LONGEST_SECONDS = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +213,12 @@ class Plan:
             raise BadPlan(f"plan: schema {found!r}, this version reads {PLAN_SCHEMA}; make the plan again with this version")
         try:
             plan = _read_plan(document)
+            belongs = plan.fingerprint == plan._digest()
         except BadPlan:
             raise
-        except (OverflowmlError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except (OverflowmlError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise BadPlan(f"plan: malformed ({type(error).__name__}: {error}); make the plan again") from None
-        if plan.fingerprint != plan._digest():
+        if not belongs:
             raise BadPlan(f"plan: fingerprint {plan.fingerprint!r} does not belong to its contents; it was edited: make the plan again")
         return plan.check()
 
@@ -239,7 +242,7 @@ _ORDER = (
 )
 
 
-def _plain(value: object) -> Any:  # noqa: ANN401 -- JSON has no narrower type
+def _plain(value: object) -> Any:
     if isinstance(value, Tier):
         return value.value
     if isinstance(value, (frozenset, set)):
@@ -253,8 +256,9 @@ def _plain(value: object) -> Any:  # noqa: ANN401 -- JSON has no narrower type
 
 
 def _count(value: object, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise BadPlan(f"plan: {what}={value!r} is not a whole number from 0; make the plan again")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST_COUNT:
+        shown = repr(value) if not isinstance(value, int) or abs(value) <= _LARGEST_COUNT else "a number without end"
+        raise BadPlan(f"plan: {what}={shown} is not a whole number from 0 to 2**60; make the plan again")
     return value
 
 
@@ -267,16 +271,25 @@ def _text(value: object, what: str) -> str:
 def _seconds(value: object, what: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LONGEST_SECONDS:
         raise BadPlan(f"plan: {what}={value!r} is not a time in seconds; make the plan again")
     return float(value)
 
 
 def _read_estimate(document: Mapping[str, Any]) -> Estimate:
-    counts = {n: _count(document[n], n) for n in ("device_peak_bytes", "pinned_bytes", "ram_bytes", "disk_bytes", "streamed_bytes")}
-    times = {n: _seconds(document[n], n) for n in ("pass_s", "compute_s", "transfer_s", "stall_s")}
     bound = document["bound_by"]
-    return Estimate(**counts, **times, bound_by=None if bound is None else _text(bound, "bound_by"))
+    return Estimate(
+        device_peak_bytes=_count(document["device_peak_bytes"], "device_peak_bytes"),
+        pinned_bytes=_count(document["pinned_bytes"], "pinned_bytes"),
+        ram_bytes=_count(document["ram_bytes"], "ram_bytes"),
+        disk_bytes=_count(document["disk_bytes"], "disk_bytes"),
+        streamed_bytes=_count(document["streamed_bytes"], "streamed_bytes"),
+        pass_s=_seconds(document["pass_s"], "pass_s"),
+        compute_s=_seconds(document["compute_s"], "compute_s"),
+        transfer_s=_seconds(document["transfer_s"], "transfer_s"),
+        stall_s=_seconds(document["stall_s"], "stall_s"),
+        bound_by=None if bound is None else _text(bound, "bound_by"),
+    )
 
 
 def _read_phase(document: Mapping[str, Any]) -> PhasePlan:
@@ -317,12 +330,16 @@ def _read_plan(document: Mapping[str, Any]) -> Plan:
         device=_text(document["device"], "device"),
         device_name=_text(document["device_name"], "device_name"),
         workload=Workload(**document["workload"]),
-        limits=Limits(**limits),
+        limits=Limits.exactly(**limits),
         budget=Budget(**{n: _count(budget[n], n) for n in ("device_bytes", "host_bytes", "disk_bytes")}),
         phases=tuple(_read_phase(p) for p in document["phases"]),
         estimate=_read_estimate(document["estimate"]),
         rejected=tuple(
-            Rejected(_text(r["strategy"], "strategy"), _text(r["reason"], "reason"), _read_estimate(r["estimate"]) if r["estimate"] is not None else None)
+            Rejected(
+                _text(r["strategy"], "strategy"),
+                _text(r["reason"], "reason"),
+                _read_estimate(r["estimate"]) if r["estimate"] is not None else None,
+            )
             for r in document["rejected"]
         ),
         reasons=tuple(_text(r, "reasons") for r in document["reasons"]),
@@ -343,7 +360,9 @@ def _check(plan: Plan) -> None:
         for placement in phase.placements:
             key = (placement.component, placement.block)
             if placement.component not in phase.components or key in seen:
-                raise BadPlan(f"{where}: block {placement.component}.{placement.block} is placed twice or in a foreign phase; place each block once")
+                raise BadPlan(
+                    f"{where}: block {placement.component}.{placement.block} is placed twice or in a foreign phase; place each block once"
+                )
             seen.add(key)
             if placement.tier is not Tier.DEVICE and placement.stored_bytes > phase.slot_bytes:
                 raise BadPlan(
@@ -353,9 +372,13 @@ def _check(plan: Plan) -> None:
             raise BadPlan(f"{where}: {len(phase.streamed)} streamed blocks and no staging slot; give it at least one")
     needed = held_bytes(plan)
     if needed > plan.budget.device_bytes:
-        raise BadPlan(f"plan {plan.fingerprint}: takes {needed} bytes of a budget of {plan.budget.device_bytes}; it must not be over its own budget")
+        raise BadPlan(
+            f"plan {plan.fingerprint}: takes {needed} bytes of a budget of {plan.budget.device_bytes}; it must not be over its own budget"
+        )
     if plan.estimate.device_peak_bytes < needed:
-        raise BadPlan(f"plan {plan.fingerprint}: predicts a peak of {plan.estimate.device_peak_bytes} bytes and takes {needed}; the prediction must cover it")
+        raise BadPlan(
+            f"plan {plan.fingerprint}: predicts a peak of {plan.estimate.device_peak_bytes} bytes and takes {needed}; the prediction must cover it"
+        )
 
 
 def held_bytes(plan: Plan) -> int:

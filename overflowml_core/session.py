@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,6 +33,35 @@ def plugins() -> Plugins:
         if not _plugins:
             _plugins.append(Plugins({"builtin": builtin}))
         return _plugins[0]
+
+
+_installed: list[bool] = []
+
+
+def install() -> None:
+    """Put the requests into the hosts. A second call does nothing."""
+    if not _installed:
+        _installed.append(True)
+        plugins().install_hosts()
+
+
+def uninstall() -> None:
+    """Leave the hosts as they were. A second call does nothing."""
+    if _installed:
+        _installed.clear()
+        plugins().uninstall_hosts()
+
+
+@contextlib.contextmanager
+def hosts() -> Iterator[None]:
+    """Have the hosts installed for a while, as they are anyway unless the user took them out: folders are described by the hosts' own loaders."""
+    was_installed = bool(_installed)
+    install()
+    try:
+        yield
+    finally:
+        if not was_installed:
+            uninstall()
 
 
 def detect() -> Machine:
@@ -94,7 +124,9 @@ def attachment(target: object) -> Attachment | None:
     return found
 
 
-def manage(target: object, limits: Limits, workload: Workload | None = None, load: Loading | None = None, plan: Plan | None = None) -> Attachment:
+def manage(
+    target: object, limits: Limits, workload: Workload | None = None, load: Loading | None = None, plan: Plan | None = None
+) -> Attachment:
     """Plan for a live model or pipeline and carry the plan out.
 
     Args:
@@ -111,7 +143,9 @@ def manage(target: object, limits: Limits, workload: Workload | None = None, loa
     modules = _modules(target)
     for name, part in [("it", target), *modules.items()]:
         if attachment(part) is not None:
-            raise OverflowmlError(f"{type(target).__name__}: {name} is managed by overflowml already; call overflowml.release on its owner first")
+            raise OverflowmlError(
+                f"{type(target).__name__}: {name} is managed by overflowml already; call overflowml.release on its owner first"
+            )
     # Describing must not be taken for a load of a component.
     with loading(None):
         network = describe(target, workload)
@@ -131,7 +165,7 @@ def manage(target: object, limits: Limits, workload: Workload | None = None, loa
     return cast("Attachment", made)
 
 
-def _attach(plan: Plan, network: Network, machine: Machine, modules: dict[str, nn.Module], load: Loading | None) -> Any:  # noqa: ANN401
+def _attach(plan: Plan, network: Network, machine: Machine, modules: dict[str, nn.Module], load: Loading | None) -> Any:
     from overflowml_core.runtime.device import open_device
     from overflowml_core.runtime.direct import Direct
     from overflowml_core.runtime.engine import Engine

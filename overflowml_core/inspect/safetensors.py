@@ -49,6 +49,10 @@ https://github.com/huggingface/safetensors); a test asks the installed library f
 LARGEST_HEADER_BYTES = 100_000_000
 """The format's own cap, ``MAX_HEADER_SIZE`` of the same file."""
 
+_MOST_JSON_VALUES = 4_000_000
+"""About 8 commas and brackets describe a tensor, so this is half a million tensors in one file; the largest models have half of
+that in all their files. Without it a hostile header of 100 MB, all of it ``[],[],``, would take 2.6 GB to parse."""
+
 _LENGTH_BYTES = 8
 _LARGEST_ELEMENT_COUNT = 2**60  # times 64 bits it still fits what the format's reader computes with
 _LONGEST_NUMBER_DIGITS = 20  # 2**64 has 20; a longer one costs quadratic time to convert
@@ -172,6 +176,11 @@ def _parse(raw: bytes, size_bytes: int) -> tuple[tuple[TensorEntry, ...], dict[s
 
 
 def _load_json(raw: bytes) -> dict[str, object]:
+    values = sum(raw.count(sign) for sign in (b",", b"[", b"{"))
+    if values > _MOST_JSON_VALUES:
+        raise _Problem(
+            f"its header of {len(raw)} bytes lists {values} values, at most {_MOST_JSON_VALUES} are read", "save it in several files"
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

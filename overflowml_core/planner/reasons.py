@@ -42,11 +42,6 @@ def _residency_sentences(draft: Draft, phase: PhasePlan) -> Iterator[str]:
     slot = format_bytes(phase.slot_bytes)
     if phase.slot_count == 1:
         yield f"{phase.name}: one slot of {slot}, for two leave too little room: copies wait for the streamed block before them"
-    if phase.slot_count > 2:
-        yield (
-            f"{phase.name}: {phase.slot_count} slots of {slot}, because with two the last of {len(phase.streamed)} streamed blocks "
-            "and the first of the next pass would share one"
-        )
 
 
 def _activation_sentences(drafts: Sequence[Draft], limits: Limits) -> Iterator[str]:

@@ -10,6 +10,9 @@ from itertools import accumulate
 _MOST_STEPS = 60_000
 """Of the exact search. 14 blocks of 14 sizes take at most 2**14 in all, two sizes as many as there are blocks of the larger one."""
 
+_MOST_VISITS = 2_000_000
+"""Sizes looked at by the largest-first search; 1000 different sizes take at most half of it."""
+
 _MOST_EXACT_CLASSES = 32
 """With more sizes than this, largest-first comes so close to the optimum that the exact search would only cost time."""
 
@@ -31,11 +34,6 @@ class Residency:
     slot_count: int
     slot_bytes: int
 
-    @property
-    def streams(self) -> bool:
-        """Whether any block is streamed."""
-        return not all(self.resident)
-
 
 def choose(sizes_bytes: Sequence[int], owners: Sequence[int], room_bytes: int) -> Residency | None:
     """Choose the resident blocks of a phase.
@@ -51,29 +49,20 @@ def choose(sizes_bytes: Sequence[int], owners: Sequence[int], room_bytes: int) -
     if sum(sizes_bytes) <= room_bytes:
         return Residency((True,) * len(sizes_bytes), 0, 0)
     classes = sorted(Counter(size for size in sizes_bytes if size).items(), reverse=True)
-    found = _most_resident(classes, room_bytes)
+    found = _most_resident(classes, room_bytes) if classes else None
     if found is None:
         return None
     slot_count, counts = found
     stays = _spread_classes(sizes_bytes, {size: count for (size, _), count in zip(classes, counts, strict=True)})
     resident = tuple(stays[owner] for owner in owners)
     slot_bytes = max(size for size, stay in zip(sizes_bytes, resident, strict=True) if not stay)
-    kept_bytes = sum(size for size, stay in zip(sizes_bytes, resident, strict=True) if stay)
-    if slot_count == 2:
-        slot_count = _untangled(resident.count(False), (room_bytes - kept_bytes) // slot_bytes)
     return Residency(resident, slot_count, slot_bytes)
 
 
-def _untangled(streamed_count: int, affordable_count: int) -> int:
-    # Block i uses slot i modulo the number of slots. With two slots and an odd number of streamed blocks the last block of a
-    # pass and the first of the next share a slot, so that the copy waits for the compute. A third slot cures that for free
-    # where the bytes are left over, unless one block is left over in threes as well; then a fourth or a fifth may.
-    if streamed_count % 2 == 0:
-        return 2
-    return next((count for count in (3, 4, 5) if streamed_count % count != 1 and count <= affordable_count), 2)
-
-
 def _most_resident(classes: Classes, room_bytes: int) -> tuple[int, tuple[int, ...]] | None:
+    # Two slots: one is computed from while the other is copied into. Block i uses slot i modulo 2, so that with an odd number of
+    # streamed blocks the last of a pass and the first of the next share one and wait for each other. A third slot would cure
+    # that, but it is never free: where it fits beside an optimal choice, a streamed block fits there too and should stay.
     two = _best_counts(classes, room_bytes, slot_count=2)
     # One slot is all that fits below this room. What it keeps there is a floor for all larger rooms, so that
     # granting more memory never streams more; it matters only where a few blocks are much larger than the rest.
@@ -104,32 +93,34 @@ def _best_counts(classes: Classes, room_bytes: int, slot_count: int) -> tuple[in
     kept = tuple(accumulate((size * count for size, count in classes), initial=0))
     best: tuple[int, ...] | None = None
     best_bytes = -1
-    steps = _Steps()
+    effort = _Effort()
     for index in reversed(range(len(classes))):
         size, count = classes[index]
         capacity_bytes = room_bytes - slot_count * size
-        if kept[index] > capacity_bytes or capacity_bytes <= best_bytes:
+        if kept[index] > capacity_bytes or capacity_bytes <= best_bytes or (best is not None and effort.visits <= 0):
             continue
         rest = ((size, count - 1), *classes[index + 1 :])
-        counts = _fill(rest, capacity_bytes - kept[index], best_bytes - kept[index], steps)
+        counts = _fill(rest, capacity_bytes - kept[index], best_bytes - kept[index], effort)
         if counts is not None:
             best = tuple(count for _, count in classes[:index]) + counts
             best_bytes = _total(classes, best)
     return best
 
 
-class _Steps:
-    """What is left of the exact search's effort; one for all sizes tried, so that planning stays fast."""
+@dataclass(slots=True)
+class _Effort:
+    """What may still be spent on all the sizes tried together, so that planning stays fast."""
 
-    def __init__(self) -> None:
-        self.left = _MOST_STEPS
+    steps: int = _MOST_STEPS
+    visits: int = _MOST_VISITS
 
 
-def _fill(classes: Classes, capacity_bytes: int, beat_bytes: int, steps: _Steps) -> tuple[int, ...] | None:
+def _fill(classes: Classes, capacity_bytes: int, beat_bytes: int, effort: _Effort) -> tuple[int, ...] | None:
     """Counts that come closest to the capacity without passing it; None where they do not beat ``beat_bytes``."""
     best, best_bytes = _largest_first(classes, capacity_bytes)
+    effort.visits -= len(classes)
     if len(classes) <= _MOST_EXACT_CLASSES and best_bytes < capacity_bytes:
-        best = _exact(classes, capacity_bytes, best, steps)
+        best = _exact(classes, capacity_bytes, best, effort)
         best_bytes = _total(classes, best)
     return best if best_bytes > beat_bytes else None
 
@@ -145,7 +136,7 @@ def _largest_first(classes: Classes, capacity_bytes: int) -> tuple[tuple[int, ..
     return (*counts, *[0] * (len(classes) - len(counts))), capacity_bytes - left_bytes
 
 
-def _exact(classes: Classes, capacity_bytes: int, start: tuple[int, ...], steps: _Steps) -> tuple[int, ...]:
+def _exact(classes: Classes, capacity_bytes: int, start: tuple[int, ...], effort: _Effort) -> tuple[int, ...]:
     """Branch and bound from a first guess; the best so far where the steps run out."""
     below = [0, *accumulate(size * count for size, count in reversed(classes))][::-1]
     best, best_bytes = start, _total(classes, start)
@@ -160,9 +151,9 @@ def _exact(classes: Classes, capacity_bytes: int, start: tuple[int, ...], steps:
         for taken in range(min(count, left_bytes // size), -1, -1):
             rest_bytes = left_bytes - taken * size
             # Even with all smaller blocks it would be no better, and taking fewer of this size only makes it worse.
-            if capacity_bytes - rest_bytes + min(rest_bytes, below[index + 1]) <= best_bytes or steps.left <= 0:
+            if capacity_bytes - rest_bytes + min(rest_bytes, below[index + 1]) <= best_bytes or effort.steps <= 0:
                 return
-            steps.left -= 1
+            effort.steps -= 1
             descend(index + 1, rest_bytes, (*counts, taken))
 
     descend(0, capacity_bytes, ())

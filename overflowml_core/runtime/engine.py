@@ -139,10 +139,7 @@ class Engine:
             settled = home_on_device(slab, arena, self._maps)
             slab.install(parameters)
         elif home is Tier.DISK:
-            if not stored_as_is(slab) and self._store is None:
-                self._store = PackedStore(self._store_folder)
-                self._store.open_in(self._reader)
-            settled = home_on_disk(slab, self._reader, self._maps, self._store)
+            settled = home_on_disk(slab, self._reader, self._maps, self._packed_store)
         else:
             settled = home_in_ram(slab, self.device, home is Tier.PINNED, self._reader)
         if home is not Tier.DEVICE:
@@ -151,7 +148,19 @@ class Engine:
         self._held.append(held)
         return held
 
+    def _packed_store(self) -> PackedStore:
+        if self._store is None:
+            self._store = PackedStore(self._store_folder)
+            self._store.open_in(self._reader)
+        return self._store
+
     # ---- phases
+
+    def enter(self, component: str) -> None:
+        """Have a component's phase on the device, for calls that do not go through a module's own call."""
+        for phase in self._phases:
+            if component in phase.plan.components and self._active is not phase:
+                self._activate(phase)
 
     def _activate(self, phase: _Phase) -> None:
         """Make a phase the one on the device. Whatever fails, no phase is half there."""
@@ -328,7 +337,7 @@ def _refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
 
 
 @contextlib.contextmanager
-def logged(what: str) -> Any:  # noqa: ANN401 -- a generator for contextlib
+def logged(what: str) -> Any:
     """Log an exception instead of raising it, for watchers that must not disturb the work."""
     try:
         yield

@@ -6,6 +6,7 @@ mapped file, never a staging slot.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +68,12 @@ def home_in_ram(slab: Slab, device: Device, pin: bool, reader: FileReader) -> Ho
     return Home(slab, Tier.PINNED if pin else Tier.RAM, parameters, host=host)
 
 
-def home_on_disk(slab: Slab, reader: FileReader, maps: FileMaps, store: PackedStore) -> Home:
-    """Leave a slab in the model's own file where it can be used from there, else pack it into the store."""
+def home_on_disk(slab: Slab, reader: FileReader, maps: FileMaps, open_store: Callable[[], PackedStore]) -> Home:
+    """Leave a slab in the model's own file where it can be used from there, else pack it into the store, which is opened then."""
     if stored_as_is(slab):
         parameters = tuple(rehome(entry, maps.view(entry)) for entry in slab.entries)
         return Home(slab, Tier.DISK, parameters, pieces=tuple(pieces_of(slab)))
+    store = open_store()
     packed = torch.empty(slab.nbytes, dtype=torch.uint8)
     fill(slab.entries, packed, reader)
     piece = store.append(packed)
@@ -84,9 +86,7 @@ def home_on_disk(slab: Slab, reader: FileReader, maps: FileMaps, store: PackedSt
 
 def home_on_device(slab: Slab, arena: torch.Tensor, maps: FileMaps) -> Home:
     """A slab that stays on the device. What can be seen in a file is seen there, so that nothing of it is held twice."""
-    parameters = tuple(
-        rehome(entry, maps.view(entry) if is_stored_as_is(entry) else entry.view(arena)) for entry in slab.entries
-    )
+    parameters = tuple(rehome(entry, maps.view(entry) if is_stored_as_is(entry) else entry.view(arena)) for entry in slab.entries)
     return Home(slab, Tier.DEVICE, parameters)
 
 

@@ -54,7 +54,7 @@ class Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of its elements."""
-        return self.parameter.numel() * self.parameter.element_size()
+        return int(self.parameter.numel() * self.parameter.element_size())
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from overflowml_core.runtime.guards import MODULE_MOVES, guard
 _ON = {Tier.PINNED: "cpu", Tier.RAM: "cpu", Tier.DISK: "disk"}
 
 
-def after_attach(model: Any, attachment: Any) -> None:  # noqa: ANN401
+def after_attach(model: Any, attachment: Any) -> None:
     """Set ``hf_device_map`` and guard the methods that move weights; both end with the attachment."""
     plan = attachment.plan
     # transformers.pipeline takes the first value for its device; generate looks for "cpu" and "disk" to leave compilation off.

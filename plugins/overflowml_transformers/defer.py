@@ -16,7 +16,7 @@ from overflowml_core.loading import Loading, Origin
 from overflowml_core.runtime.structure import TORCH_DTYPES
 
 
-def defer_weights(model: Any, checkpoint_files: Iterable[str], load_config: Any, request: Loading) -> tuple[set[str], dict[str, Any]]:  # noqa: ANN401
+def defer_weights(model: Any, checkpoint_files: Iterable[str], load_config: Any, request: Loading) -> tuple[set[str], dict[str, Any]]:
     """Give the model parameters without data for everything that can be read from its files later.
 
     Args:
@@ -72,7 +72,7 @@ def defer_weights(model: Any, checkpoint_files: Iterable[str], load_config: Any,
     return deferred, left
 
 
-def _renamer(model: Any, load_config: Any) -> Callable[[str, dict[str, Any]], tuple[str, bool]]:  # noqa: ANN401
+def _renamer(model: Any, load_config: Any) -> Callable[[str, dict[str, Any]], tuple[str, bool]]:
     mapping = load_config.weight_mapping or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -88,7 +88,7 @@ def _renamer(model: Any, load_config: Any) -> Callable[[str, dict[str, Any]], tu
     return target_of
 
 
-def _dtype_chooser(model: Any, load_config: Any) -> Callable[[str, torch.Tensor], torch.dtype]:  # noqa: ANN401
+def _dtype_chooser(model: Any, load_config: Any) -> Callable[[str, torch.Tensor], torch.dtype]:
     plan = load_config.dtype_plan or {}
     pattern, by_group = None, {}
     if plan:
@@ -104,7 +104,7 @@ def _dtype_chooser(model: Any, load_config: Any) -> Callable[[str, torch.Tensor]
     return dtype_of
 
 
-def _tied_twice(model: Any, targets: dict[str, list[str]]) -> set[str]:  # noqa: ANN401
+def _tied_twice(model: Any, targets: dict[str, list[str]]) -> set[str]:
     """Names of tied weights that the checkpoint holds twice: the host compares their values before it ties them, so it must read them."""
     tied: set[str] = set()
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
@@ -114,7 +114,7 @@ def _tied_twice(model: Any, targets: dict[str, list[str]]) -> set[str]:  # noqa:
 
 
 def _defer_everything(
-    model: Any,  # noqa: ANN401
+    model: Any,
     expected: dict[str, torch.Tensor],
     names: set[str],
     targets: dict[str, list[str]],
@@ -129,12 +129,12 @@ def _defer_everything(
     return (set(expected) - tied) | {name for name in tied if name in targets and name not in names}
 
 
-def _replace(model: Any, name: str, dtype: torch.dtype) -> nn.Parameter:  # noqa: ANN401
+def _replace(model: Any, name: str, dtype: torch.dtype) -> nn.Parameter:
     """A new parameter without data in the place of an old one, marked so that the host does not initialize it."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path) if path else model
     old = module._parameters[attribute]
     parameter = nn.Parameter(torch.empty(old.shape, dtype=dtype, device="meta"), requires_grad=dtype.is_floating_point)
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    parameter._is_hf_initialized = True
     setattr(module, attribute, parameter)
     return parameter

@@ -7,10 +7,9 @@ one to one are left unread, and the rest is loaded by the host as always.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,6 @@ from overflowml_core.patching import Patch, after_import
 
 DEVICE_MAP = "overflowml"
 _patches: list[Patch] = []
-_load_patch: list[Patch] = []
 _stop_waiting: list[Callable[[], None]] = []
 
 
@@ -39,14 +37,11 @@ def uninstall() -> None:
         _stop_waiting.pop()()
     while _patches:
         _patches.pop().undo()
-    while _load_patch:
-        _load_patch.pop().undo()
 
 
 def _patch_models(module: ModuleType) -> None:
     _patches.append(Patch(module.PreTrainedModel, "from_pretrained", _make_from_pretrained))
-    if not _load_patch:
-        _load_patch.append(Patch(module.PreTrainedModel, "_load_pretrained_model", _make_load))
+    _patches.append(Patch(module.PreTrainedModel, "_load_pretrained_model", _make_load))
 
 
 def _patch_pipelines(module: ModuleType) -> None:
@@ -59,26 +54,11 @@ def _patch_pipelines(module: ModuleType) -> None:
         _patches.append(Patch(transformers, "pipeline", lambda _: module.pipeline))
 
 
-@contextlib.contextmanager
-def deferring() -> Iterator[None]:
-    """Have the loader patched, as it is anyway while the host is installed."""
-    from transformers import modeling_utils
-
-    if _load_patch:
-        yield
-        return
-    patch = Patch(modeling_utils.PreTrainedModel, "_load_pretrained_model", _make_load)
-    try:
-        yield
-    finally:
-        patch.undo()
-
-
-def _make_from_pretrained(original: Any) -> Any:  # noqa: ANN401 -- a classmethod object
+def _make_from_pretrained(original: Any) -> Any:
     function = original.__func__
 
     @functools.wraps(function)
-    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         limits = take_request(kwargs)
         if limits is None or current() is not None:
             return function(cls, *args, **kwargs)
@@ -117,7 +97,7 @@ def take_request(kwargs: dict[str, Any]) -> Limits | None:
     return limits if max_memory is None else _with_max_memory(limits, max_memory)
 
 
-def _with_max_memory(limits: Limits, max_memory: Any) -> Limits:  # noqa: ANN401
+def _with_max_memory(limits: Limits, max_memory: Any) -> Limits:
     if not isinstance(max_memory, dict):
         raise BadLimits(f"max_memory={max_memory!r}: give a mapping such as {{0: '8GB', 'cpu': '32GB'}}")
     device = [size for key, size in max_memory.items() if key not in ("cpu", "disk")]
@@ -133,7 +113,7 @@ def _with_max_memory(limits: Limits, max_memory: Any) -> Limits:  # noqa: ANN401
     )
 
 
-def check_source(source: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+def check_source(source: Any, kwargs: dict[str, Any]) -> None:
     """Look at the files of a local folder before the host does, for errors that name the file and the way out.
 
     Raises:
@@ -148,11 +128,11 @@ def check_source(source: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
     open_checkpoint(Path(source) / (kwargs.get("subfolder") or ""), variant=kwargs.get("variant"))
 
 
-def _make_load(original: Any) -> Any:  # noqa: ANN401 -- a staticmethod object
+def _make_load(original: Any) -> Any:
     function = original.__func__
 
     @functools.wraps(function)
-    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         request = current()
         if request is None or state_dict is not None or not checkpoint_files or load_config.hf_quantizer is not None:
             return function(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
@@ -171,9 +151,9 @@ def _make_load(original: Any) -> Any:  # noqa: ANN401 -- a staticmethod object
     return staticmethod(load)
 
 
-def _make_pipeline(original: Any) -> Any:  # noqa: ANN401
+def _make_pipeline(original: Any) -> Any:
     @functools.wraps(original)
-    def pipeline(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def pipeline(*args: Any, **kwargs: Any) -> Any:
         overflow = kwargs.pop("overflow", None)
         if overflow is not None and overflow is not False:
             if isinstance(kwargs.get("model", args[1] if len(args) > 1 else None), (str, type(None))):
@@ -185,9 +165,9 @@ def _make_pipeline(original: Any) -> Any:  # noqa: ANN401
     return pipeline
 
 
-def _make_pipeline_init(original: Any) -> Any:  # noqa: ANN401
+def _make_pipeline_init(original: Any) -> Any:
     @functools.wraps(original)
-    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401, N807
+    def __init__(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
         # Reached with the request still in it when the factory was imported by name before it was patched, or with a live model.
         overflow = kwargs.pop("overflow", None)
         if overflow is not None and overflow is not False and session.attachment(model) is None:

@@ -151,6 +151,12 @@ def test_claimed_length_is_not_allocated(tmp_path):
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("piece", [b"[],", b"1,", b'{"":[0]},', b"[[[[[1]]]]],"])
+def test_header_that_would_unfold_to_gigabytes_is_not_parsed(tmp_path, piece):
+    header = b'{"a":[' + piece * (4_000_001 // sum(piece.count(sign) for sign in b",[{") + 1) + b"1]}"
+    assert "values" in refused(write(tmp_path / "a", header))
+
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 
 

@@ -45,7 +45,7 @@ def component(name: str, sizes: Sequence[int], fixed: int = 0, activations: int 
 
 
 def network(*components: Component, name: str = "Model") -> Network:
-    return Network(components=components, source=name, class_name=name, fingerprint=network_fingerprint(name, components))
+    return Network(components=components, source=name, class_name=name, fingerprint=network_fingerprint(components))
 
 
 def machine(

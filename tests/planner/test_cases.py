@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from overflowml_core.errors import DoesNotFit
 from overflowml_core.facts import Limits, Tier, Workload
 from overflowml_core.plan import Plan
 from overflowml_core.planner import make_plan
-from tests.planner.build import MIB, component, machine, network
+from tests.planner.build import MIB, block, component, machine, network
 
 CASES = sorted((Path(__file__).parent / "cases").glob("*.json"))
 
@@ -59,10 +60,6 @@ def test_case(path):
 
 
 def test_tied_block_takes_no_bytes_and_its_owners_place():
-    from dataclasses import replace
-
-    from tests.planner.build import block
-
     blocks = tuple(block(f"layers.{i}", 100 * MIB, tied_to="layers.1" if i == 4 else None) for i in range(6))
     made = replace(component("model", [100 * MIB] * 5), blocks=blocks)
     for budget in range(100, 500, 50):
@@ -76,7 +73,7 @@ def test_network_without_blocks_or_components():
     assert make_plan(network(), machine(), Workload(), Limits()).strategy == "direct"
     vae = network(component("vae", [], 300 * MIB))
     assert make_plan(vae, machine(), Workload(), Limits()).strategy == "direct"
-    with pytest.raises(DoesNotFit, match="^vae: needs at least 315MB on cuda:0 and the budget is 200MB: 115MB short"):
+    with pytest.raises(DoesNotFit, match=r"^vae: needs at least 315MB on cuda:0 and the budget is 200MB: 115MB short"):
         make_plan(vae, machine(), Workload(), Limits(device_memory="200MB"))
 
 

@@ -89,7 +89,6 @@ def _nested(depth: int) -> list:
 
 
 @pytest.mark.parametrize("what", ["seconds", "nesting", "digits", "flag"])
-@pytest.mark.xfail(reason="Plan.from_json lets other exceptions and a non-boolean allow_disk through", strict=False)
 def test_hostile_values_are_bad_plans(what):
     document = json.loads(PLAN.to_json())
     if what == "seconds":
@@ -97,7 +96,7 @@ def test_hostile_values_are_bad_plans(what):
     elif what == "nesting":
         document["limits"]["allow_disk"] = _nested(700)
     elif what == "flag":
-        document = json.loads(replace(PLAN, limits=replace(PLAN.limits, allow_disk="no"), fingerprint="").to_json())
+        document["limits"]["allow_disk"] = "no"
     else:
         phase = replace(PLAN.phases[-1], slot_count=10**4200, slot_bytes=10**4200)
         document = json.loads(replace(PLAN, phases=(*PLAN.phases[:-1], phase), fingerprint="").to_json())
@@ -105,7 +104,6 @@ def test_hostile_values_are_bad_plans(what):
         Plan.from_json(json.dumps(document))
 
 
-@pytest.mark.xfail(reason="Limits reads a plain integer below 1 MiB as a mistake, and a plan's JSON holds plain integers", strict=False)
 def test_small_reserve_survives_the_round_trip():
     plan = make_plan(llm(), machine(), Workload(), Limits(reserve="512KiB"))
     assert Plan.from_json(plan.to_json()) == plan

@@ -16,8 +16,8 @@ device random generator (the CPU's is used), or of autograd. Operators compute w
 late. `torch.Stream("vgpu")` is not simulated: use `torch.vgpu.Stream`. `pin_memory=True` works in the torch.*
 factories, not in `Tensor.new_empty` and its like.
 
-`install` is for the life of the process: torch.accelerator finds "vgpu" from then on, and page-locking of host memory is
-simulated for all devices. Where there is a real GPU, run these tests in a process of their own.
+`install` is for the life of the process: torch.accelerator finds "vgpu" from then on, and page-locking of host memory
+is simulated for all devices. Where there is a real GPU, run these tests in a process of their own.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ def _to_host(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
     _transfer("d2h", target, source, stream, in_background)
 
 
-def _transfer(
-    engine: Engine, target: torch.Tensor, source: torch.Tensor, stream: StreamState, in_background: bool
-) -> None:
+def _transfer(engine: Engine, target: torch.Tensor, source: torch.Tensor, stream: StreamState, in_background: bool) -> None:
     clock, config, op = DEVICE.clock, DEVICE.config, f"copy_{engine}"
     seconds = target.nbytes / (config.h2d_bytes_per_s if engine == "h2d" else config.d2h_bytes_per_s)
     if in_background and config.defer_copies:

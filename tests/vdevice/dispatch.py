@@ -141,9 +141,7 @@ def _run(op: Any, plan: _Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if len(plan.returned) == 1:
         result = _result(out, plan.returned[0], args, kwargs, call.wants_host)
     else:
-        result = tuple(
-            _result(o, s, args, kwargs, call.wants_host) for o, s in zip(out or (), plan.returned, strict=True)
-        )
+        result = tuple(_result(o, s, args, kwargs, call.wants_host) for o, s in zip(out or (), plan.returned, strict=True))
 
     if not plan.is_allocation:
         new = [t for t in (result if isinstance(result, (list, tuple)) else [result]) if is_device(t)]
@@ -176,9 +174,7 @@ def _written_tensors(
     return pairs
 
 
-def _result(
-    out: Any, same: tuple[int, str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], wants_host: bool
-) -> Any:
+def _result(out: Any, same: tuple[int, str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], wants_host: bool) -> Any:
     if same is not None:
         i, name = same
         return args[i] if i < len(args) else kwargs[name]

@@ -35,9 +35,7 @@ def _check(device: _Where) -> None:
 class Event:
     """As torch.cuda.Event, on the simulated clock."""
 
-    def __init__(
-        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, device: _Where = None
-    ) -> None:
+    def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, device: _Where = None) -> None:
         _check(device)
         self._state = EventState()
         self._timed = enable_timing
@@ -114,9 +112,7 @@ class StreamContext:
         if self._stream is not None:
             self._previous = DEVICE.clock.set_current(self._stream.stream_id)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._stream is not None:
             DEVICE.clock.set_current(self._previous)
 

@@ -123,8 +123,7 @@ def drop_registrations() -> None:
 def _host_range(tensor: torch.Tensor) -> tuple[int, int]:
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
         raise ValueError(
-            f"expected a contiguous, non-empty host tensor, got {tuple(tensor.shape)} with strides {tensor.stride()} "
-            f"on {tensor.device}"
+            f"expected a contiguous, non-empty host tensor, got {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
         )
     start = tensor.data_ptr()
     return start, start + tensor.nbytes

@@ -14,8 +14,9 @@ _DIRECT_COLOUR, _MANAGED_COLOUR, _BUDGET_COLOUR = "#c0504d", "#1f6fb4", "#333333
 def draw_memory(comparison: Comparison, path: Path) -> None:
     """Write a PNG: seconds across, MiB upwards, both runs and the budget.
 
-    On an accelerator the lines are its allocator's bytes. On a CPU they are the process's own memory above its baseline, thin
-    and dotted with the pages of mapped weight files, and what overflowml's engine held.
+    On an accelerator the lines are its allocator's bytes. On a CPU they are the resident memory of the process above its
+    baseline; dotted the part that is its own (a plain load maps the weight files instead of copying them); and what
+    overflowml's engine held.
 
     Args:
         comparison: the two runs.
@@ -47,9 +48,10 @@ def _draw_run(axes: Any, run: Measured, label: str, colour: str) -> None:
     if run.device != "cpu":
         axes.plot(seconds, [s.device_bytes / _MIB for s in run.samples], color=colour, label=f"{label}: allocated on {run.device}")
         return
-    axes.plot(seconds, [s.anonymous_bytes / _MIB for s in run.samples], color=colour, label=f"{label}: memory of the process")
-    mapped = [(s.anonymous_bytes + s.mapped_bytes) / _MIB for s in run.samples]
-    axes.plot(seconds, mapped, color=colour, linestyle=":", linewidth=1, label=f"{label}: with mapped files")
+    resident = [(s.anonymous_bytes + s.mapped_bytes) / _MIB for s in run.samples]
+    axes.plot(seconds, resident, color=colour, label=f"{label}: resident, with mapped files")
+    anonymous = [s.anonymous_bytes / _MIB for s in run.samples]
+    axes.plot(seconds, anonymous, color=colour, linestyle=":", label=f"{label}: anonymous part")
     engine = [(s.second, s.engine_bytes / _MIB) for s in run.samples if s.engine_bytes]
     if engine:
         axes.plot(*zip(*engine, strict=True), color="#2e8b57", label=f"{label}: held by the engine, highest so far")

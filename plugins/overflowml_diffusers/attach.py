@@ -1,0 +1,94 @@
+"""What a managed pipeline needs beyond streaming: where it runs, phases that start without a module's own call, and guards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from overflowml_core.errors import Managed
+from overflowml_core.runtime.guards import MODULE_MOVES, guard
+
+PIPELINE_MOVES = (
+    "to",
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
+    "enable_group_offload",
+    "remove_all_hooks",
+    "reset_device_map",
+)
+MODEL_MOVES = (*MODULE_MOVES, "enable_group_offload", "enable_layerwise_casting")
+
+
+class Placement:
+    """Stands where accelerate's hooks stand (``module._hf_hook``): pipelines ask it for their device, and decorated methods such as
+    ``vae.decode`` call it before they run.
+    """
+
+    def __init__(self, execution_device: torch.device, enter: Callable[[], None]) -> None:
+        self.execution_device = execution_device
+        self._enter = enter
+
+    def pre_forward(self, module: object, *args: object, **kwargs: object) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Have the component on the device."""
+        self._enter()
+        return args, kwargs
+
+    def post_forward(self, module: object, output: object) -> object:
+        """Nothing to do after a call."""
+        return output
+
+    def init_hook(self, module: object) -> object:
+        """Nothing to prepare."""
+        return module
+
+    def detach_hook(self, module: object) -> object:
+        """Called by accelerate when it removes hooks, which would take the plan off half-way."""
+        raise Managed("pipeline", "accelerate.hooks.remove_hook_from_module(...)")
+
+
+def after_attach(target: Any, attachment: Any) -> None:
+    """Set the execution device and guard what would move weights; both end with the attachment."""
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(target, DiffusionPipeline):
+        attachment.on_detach(guard(target, MODEL_MOVES, "model"))
+        return
+    from overflowml_diffusers.describe import ordered_modules
+
+    device = attachment.device.torch_device
+    for name, module in ordered_modules(target).items():
+        attachment.on_detach(_place(module, Placement(device, partial(attachment.enter, name))))
+        attachment.on_detach(_guard_component(module, device))
+    attachment.on_detach(guard(target, PIPELINE_MOVES, "pipeline"))
+
+
+def _place(module: Any, placement: Placement) -> Callable[[], None]:
+    namespace = vars(module)
+    before = namespace.get("_hf_hook")
+    namespace["_hf_hook"] = placement
+
+    def undo() -> None:
+        if before is None:
+            namespace.pop("_hf_hook", None)
+        else:
+            namespace["_hf_hook"] = before
+
+    return undo
+
+
+def _guard_component(module: Any, device: torch.device) -> Callable[[], None]:
+    """Guard a component, but let pipelines ask it to be where and what it is: many say ``self.vae.to(device)`` to be sure."""
+    unguard = guard(module, MODEL_MOVES, "pipeline")
+    refuse = vars(module)["to"]
+
+    def to(*args: Any, **kwargs: Any) -> Any:
+        wanted_device, wanted_dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        same_device = wanted_device is None or wanted_device.type == device.type
+        same_dtype = wanted_dtype is None or all(p.dtype == wanted_dtype for p in module.parameters() if p.is_floating_point())
+        return module if same_device and same_dtype else refuse(*args, **kwargs)
+
+    vars(module)["to"] = to
+    return unguard
