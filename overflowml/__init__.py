@@ -1,7 +1,7 @@
 """The front door: run AI models larger than the GPU.
 
-``import overflowml`` puts ``overflow=`` and ``device_map="overflowml"`` into diffusers and transformers, whether they are imported before or after. It imports
-neither of them, and no torch.
+``import overflowml`` puts ``overflow=`` and ``device_map="overflowml"`` into diffusers and transformers, whether they are
+imported before or after. It imports neither of them, and no torch.
 """
 
 from __future__ import annotations

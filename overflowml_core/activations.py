@@ -1,7 +1,7 @@
 """Analytic estimates of activations, for plans that are made before anybody has run or traced the model. Pure arithmetic over configs.
 
-They are marked "analytic" in every plan. The factors come from runs of the same models under fake tensors (live storages, parameters excluded), which
-the docstrings name.
+They are marked "analytic" in every plan. The factors come from runs of the same models under fake tensors (live storages,
+parameters excluded), which the docstrings name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _BLOCK_VECTORS = 18
 """Token vectors that a diffusion transformer holds at its peak: FLUX.1-dev at 1024x1024, 468 MiB over vectors of 27 MiB."""
 
 _DECODER_MAPS = 6
-"""Full-size maps of the last stage's width that a VAE decoder holds at its peak: AutoencoderKL at 1024x1024, 1537 MiB over maps of 256 MiB."""
+"""Full-size maps of the last stage's width that a VAE decoder holds at its peak: AutoencoderKL at 1024x1024, 1537 MiB over
+maps of 256 MiB."""
 
 _UNET_MAPS = 64
 """Maps of the first stage's width that a UNet holds at its peak, skip connections included. Not traced yet; generous."""

@@ -1,7 +1,7 @@
 """Every exception of the project, with the data behind its message.
 
-None of them is a ``ValueError``, ``TypeError``, ``OSError`` or ``RuntimeError``: host libraries catch those around a load, try again with other
-settings and bury the message.
+None of them is a ``ValueError``, ``TypeError``, ``OSError`` or ``RuntimeError``: host libraries catch those around a load,
+try again with other settings and bury the message.
 """
 
 from __future__ import annotations

@@ -284,7 +284,8 @@ class Limits:
             raise BadLimits(f"quality={self.quality!r}: not one of {', '.join(QUALITIES)}")
         if self.device_bytes is not None and self.reserve_bytes is not None and self.reserve_bytes >= self.device_bytes:
             raise BadLimits(
-                f"reserve={self.reserve_bytes} bytes: not smaller than device_memory={self.device_bytes} bytes; lower one or raise the other"
+                f"reserve={self.reserve_bytes} bytes: not smaller than device_memory={self.device_bytes} bytes; "
+                "lower one or raise the other"
             )
 
     @property

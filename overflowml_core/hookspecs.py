@@ -25,8 +25,9 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def overflowml_accelerators() -> Iterable[Accelerator] | None:  # type: ignore[empty-body]
     """Name accelerators of this machine.
 
-    Called by the session once for every plan. All answers are joined in the order in which plugins are asked, the built-in one last; the first accelerator
-    of the list is the one that runs the model. None and an empty list both mean: none known here. Must not allocate on a device.
+    Called by the session once for every plan. All answers are joined in the order in which plugins are asked, the built-in
+    one last; the first accelerator of the list is the one that runs the model. None and an empty list both mean: none
+    known here. Must not allocate on a device.
 
     Default: the built-in plugin names CUDA, ROCm, XPU and MPS devices, and whatever else ``torch.accelerator`` knows.
     """

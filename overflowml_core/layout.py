@@ -1,4 +1,5 @@
-"""Where each tensor lies in a slab (a block's flat buffer): pure arithmetic, shared by the planner's prediction and the runtime's buffers."""
+"""Where each tensor lies in a slab (a block's flat buffer): pure arithmetic, shared by the planner's prediction and the
+runtime's buffers."""
 
 from __future__ import annotations
 

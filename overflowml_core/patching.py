@@ -19,8 +19,8 @@ _MISSING = object()
 class Patch:
     """One attribute of one class or module, replaced until it is undone.
 
-    The raw attribute is kept as it stood in the owner's ``__dict__`` (the classmethod object, not a bound method), so undoing leaves the owner with
-    the identical object. An attribute that somebody else has replaced meanwhile is left alone.
+    The raw attribute is kept as it stood in the owner's ``__dict__`` (the classmethod object, not a bound method), so
+    undoing leaves the owner with the identical object. An attribute that somebody else has replaced meanwhile is left alone.
     """
 
     def __init__(self, owner: type | ModuleType, name: str, make: Callable[[Any], Any]) -> None:

@@ -127,7 +127,8 @@ class Budget:
 class Plan:
     """Which weights are where, when. See docs/plan-format.md for each field.
 
-    ``fingerprint`` names the decision: it is the same in every host, for the same model, device kind, workload and limits, and the same placements.
+    ``fingerprint`` names the decision: it is the same in every host, for the same model, device kind, workload and limits,
+    and the same placements.
     """
 
     strategy: str
@@ -366,7 +367,8 @@ def _check(plan: Plan) -> None:
             seen.add(key)
             if placement.tier is not Tier.DEVICE and placement.stored_bytes > phase.slot_bytes:
                 raise BadPlan(
-                    f"{where}: slots of {phase.slot_bytes} bytes, but block {placement.block} takes {placement.stored_bytes}; make the slots as large as the largest streamed block"
+                    f"{where}: slots of {phase.slot_bytes} bytes, but block {placement.block} takes {placement.stored_bytes}; "
+                    "make the slots as large as the largest streamed block"
                 )
         if phase.streamed and phase.slot_count < 1:
             raise BadPlan(f"{where}: {len(phase.streamed)} streamed blocks and no staging slot; give it at least one")
@@ -377,7 +379,8 @@ def _check(plan: Plan) -> None:
         )
     if plan.estimate.device_peak_bytes < needed:
         raise BadPlan(
-            f"plan {plan.fingerprint}: predicts a peak of {plan.estimate.device_peak_bytes} bytes and takes {needed}; the prediction must cover it"
+            f"plan {plan.fingerprint}: predicts a peak of {plan.estimate.device_peak_bytes} bytes and takes {needed}; "
+            "the prediction must cover it"
         )
 
 

@@ -1,4 +1,5 @@
-"""Brings the rooms together: describe, plan, attach, give back. The only file, beside the built-in plugin, that sees planner, inspect and runtime."""
+"""Brings the rooms together: describe, plan, attach, give back. The only file, beside the built-in plugin, that sees
+planner, inspect and runtime."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     from overflowml_core.protocols import Attachment
 
 _ATTACHMENT = "_overflowml_attachment"
-"""Where a managed object carries its attachment. A registry on our side would keep the model alive for ever: the attachment refers to it."""
+"""Where a managed object carries its attachment. A registry on our side would keep the model alive for ever: the
+attachment refers to it."""
 
 _plugins: list[Plugins] = []
 _plugins_lock = threading.Lock()
@@ -54,7 +56,8 @@ def uninstall() -> None:
 
 @contextlib.contextmanager
 def hosts() -> Iterator[None]:
-    """Have the hosts installed for a while, as they are anyway unless the user took them out: folders are described by the hosts' own loaders."""
+    """Have the hosts installed for a while, as they are anyway unless the user took them out: folders are described by the
+    hosts' own loaders."""
     was_installed = bool(_installed)
     install()
     try:

@@ -1,7 +1,7 @@
 """The one interface through which the runtime reaches a device: memory, copies, and the events that order them.
 
-A device knows nothing of models. Accelerators with streams (CUDA, ROCm, XPU, and the virtual one of the tests) are one class over torch's device module;
-MPS copies in order; on a machine without an accelerator the device is RAM itself.
+A device knows nothing of models. Accelerators with streams (CUDA, ROCm, XPU, and the virtual one of the tests) are one
+class over torch's device module; MPS copies in order; on a machine without an accelerator the device is RAM itself.
 """
 
 from __future__ import annotations

@@ -313,7 +313,8 @@ def _match(phase: PhasePlan, structures: Mapping[str, Structure]) -> list[tuple[
 
 def _mismatch(placement: Placement, unit: Unit | None) -> str:
     found = "no such block" if unit is None else f"a block of {unit.slab_bytes} bytes"
-    return f"{placement.component}.{placement.block}: the plan has {placement.stored_bytes} bytes, the model {found}; make a plan for this model"
+    wanted = f"{placement.component}.{placement.block}: the plan has {placement.stored_bytes} bytes"
+    return f"{wanted}, the model {found}; make a plan for this model"
 
 
 def _direct_owners(structure: Structure) -> Iterable[nn.Module]:
@@ -331,8 +332,8 @@ def _refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise Unsupported(
-                    f"{type(module).__name__}: gradients are not supported while overflowml manages the model (its weights change place under "
-                    "autograd); wrap the call in torch.no_grad(), or give the model back with overflowml.release(model)"
+                    f"{type(module).__name__}: gradients are not supported while overflowml manages the model "
+                    "(its weights change place under autograd); wrap the call in torch.no_grad(), or give the model back with overflowml.release(model)"
                 )
 
 

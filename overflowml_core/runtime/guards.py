@@ -1,4 +1,5 @@
-"""Methods of a managed object that would move its weights behind the plan's back: replaced on the instance by a clear error, and put back."""
+"""Methods of a managed object that would move its weights behind the plan's back: replaced on the instance by a clear
+error, and put back."""
 
 from __future__ import annotations
 

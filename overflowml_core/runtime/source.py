@@ -31,7 +31,8 @@ class Piece:
 
 
 class FileReader:
-    """Reads exact ranges of files. Descriptors stay open, so a file that is replaced meanwhile is still read as it was; one that is cut is an error."""
+    """Reads exact ranges of files. Descriptors stay open, so a file that is replaced meanwhile is still read as it was;
+    one that is cut is an error."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -1,6 +1,7 @@
 """Packed weights on disk, for blocks that no file holds in the form in which they are used.
 
-The store is a temporary file without a name: nobody can take it for another model's, and it is gone when the last handle closes, even after a crash.
+The store is a temporary file without a name: nobody can take it for another model's, and it is gone when the last handle
+closes, even after a crash.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class PackedStore:
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="packed-")
+            self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix="packed-")  # noqa: SIM115 -- lives with the store
         except OSError as error:
             raise OverflowmlError(f"{folder}: cannot hold packed weights ({error}); set OVERFLOWML_CACHE to a folder with room") from error
         self.path = folder / f"packed-{os.getpid()}-{id(self)}"

@@ -1,9 +1,10 @@
 """The state machine that keeps the next block on its way while one computes: request, wait, release.
 
-Note [slots and events]. Streamed block k uses slot k mod N, always. ``ready`` of a request is recorded behind the copy into the slot, and whoever computes
-waits for it; ``free`` of a slot is recorded behind the computation that read it, and the next copy into the slot waits for that. Both directions
-are needed: without the first a block computes with the previous block's weights, without the second a copy overwrites weights in use.
-The host waits for neither; it waits only for the reader thread, where a block comes from disk.
+Note [slots and events]. Streamed block k uses slot k mod N, always. ``ready`` of a request is recorded behind the copy
+into the slot, and whoever computes waits for it; ``free`` of a slot is recorded behind the computation that read it, and
+the next copy into the slot waits for that. Both directions are needed: without the first a block computes with the
+previous block's weights, without the second a copy overwrites weights in use. The host waits for neither; it waits only
+for the reader thread, where a block comes from disk.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ class Streamer:
             while slot.users and slot.holder != k:
                 if me in slot.users:
                     raise Unsupported(
-                        f"block {self.homes[k].slab.unit.name} is called inside {self._name(slot.holder)}, which uses the same staging slot; "
-                        "give the budget room for both, so that they stay resident"
+                        f"block {self.homes[k].slab.unit.name} is called inside {self._name(slot.holder)}, "
+                        "which uses the same staging slot; give the budget room for both, so that they stay resident"
                     )
                 self._condition.wait()
             request = slot.request

@@ -89,9 +89,10 @@ def find_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The blocks of a module as (dotted path, module), in the order in which they are registered.
 
     Classes that the model itself declares (diffusers' ``_repeated_blocks``, both hosts' ``_no_split_modules``) count where at least two
-    instances exist; then the entries of the outermost module lists of two or more, unless they contain declared blocks. Declarations alone miss a
-    quarter of the model files of transformers and most UNets; lists alone miss nearly nothing, but cut UNets coarsely.
-    Entries without children (a list of plain linear layers) are left out: models read their weights without calling them.
+    instances exist; then the entries of the outermost module lists of two or more, unless they contain declared blocks.
+    Declarations alone miss a quarter of the model files of transformers and most UNets; lists alone miss nearly nothing,
+    but cut UNets coarsely. Entries without children (a list of plain linear layers) are left out: models read their
+    weights without calling them.
     """
     declared = _declared_classes(module)
     instances: dict[str, int] = {}

@@ -1,4 +1,5 @@
-"""diffusers as a host: pipelines and models by ``overflow=``. Hook implementations, a few lines each; imports neither torch nor the host."""
+"""diffusers as a host: pipelines and models by ``overflow=``. Hook implementations, a few lines each; imports neither
+torch nor the host."""
 
 from __future__ import annotations
 

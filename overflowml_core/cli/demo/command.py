@@ -91,7 +91,7 @@ def _compare(info: CaseInfo, output: Path, console: Console) -> Comparison:
         def run(mode: str, model: Path, budget_bytes: int | None = None) -> Measured | None:
             work = Path(scratch) / mode
             work.mkdir(exist_ok=True)
-            job = Job(info.name, mode, model, work, budget_bytes)
+            job = Job(info.name, mode, model, work, budget_bytes, info.reserve_bytes)
             return run_job(job, start(job.title))
 
         build_once(folder, info.disk_bytes, lambda work: _discard(run(BUILD, work)))
@@ -131,7 +131,8 @@ def _progress(console: Console) -> Iterator[Callable[[str], Callable[[dict[str, 
 
             def watch(event: dict[str, Any]) -> None:
                 if "plan" in event:
-                    progress.console.print(escape(str(event["plan"])))
+                    # As the plan wrote it: its columns must not be wrapped.
+                    progress.console.print(str(event["plan"]), markup=False, highlight=False, soft_wrap=True)
                 elif "stage" in event:
                     total = int(event["total"])
                     progress.update(task, stage=str(event["stage"]), total=total if total > 1 else None, completed=int(event["done"]))

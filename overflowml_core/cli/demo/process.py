@@ -33,6 +33,7 @@ class Job:
         folder: of the model.
         work: a folder of its own, for its result and its files.
         budget_bytes: of a managed run.
+        reserve_bytes: of the budget, for activations.
     """
 
     case: str
@@ -40,6 +41,7 @@ class Job:
     folder: Path
     work: Path
     budget_bytes: int | None = None
+    reserve_bytes: int = 0
 
     @property
     def title(self) -> str:
@@ -61,6 +63,7 @@ class Job:
         environment["TOKENIZERS_PARALLELISM"] = "false"
         if self.budget_bytes is not None:
             environment[DEVICE_MEMORY] = f"{self.budget_bytes}B"
+            environment[RESERVE] = f"{self.reserve_bytes}B"
         return environment
 
 

@@ -111,11 +111,13 @@ class Comparison:
             found.append(f"{self.name}: measured peak {format_bytes(peak)}, budget {format_bytes(self.budget_bytes)}")
         limit = self.anonymous_limit_bytes
         if limit is not None:
-            growth = self.managed.anonymous_growth_bytes
             if not any(s.anonymous_bytes for s in self.managed.samples):
                 found.append(f"{self.name}: the managed process was not sampled, so its memory is not checked")
-            elif growth > limit:
-                found.append(f"{self.name}: the managed process grew by {format_bytes(growth)}, limit {format_bytes(limit)}")
+            # Mapped files count too: weights that are mapped and not copied are in memory all the same.
+            for what, growth in (("", self.managed.anonymous_growth_bytes), (" with mapped files", self.managed.resident_growth_bytes)):
+                if growth > limit:
+                    found.append(f"{self.name}: the managed process{what} grew by {format_bytes(growth)}, limit {format_bytes(limit)}")
+                    break
         return tuple(found)
 
     def document(self) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from rich.table import Table
 from overflowml_core.cli.demo.results import Comparison
 from overflowml_core.units import format_bytes, format_seconds
 
+_CPU_CAPTION = "measured peak: what the engine held, without activations; the growth of the process has both"
+
 
 def comparison_table(comparison: Comparison) -> Table:
     """Direct and managed side by side."""
     direct, managed = comparison.direct, comparison.managed
-    table = Table(
-        title=f"{comparison.title}: {format_bytes(comparison.weights_bytes)} of weights on {managed.device}", title_justify="left"
-    )
-    table.add_column("")
+    table = Table(caption=_CPU_CAPTION if managed.device == "cpu" else None, caption_justify="left")
+    table.add_column(f"{format_bytes(comparison.weights_bytes)} of weights on {managed.device}")
     table.add_column("direct", justify="right")
     table.add_column("overflowml", justify="right")
     table.add_row("load", format_seconds(direct.load_s), format_seconds(managed.load_s))
