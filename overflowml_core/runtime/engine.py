@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -333,14 +332,6 @@ def _refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[
             if isinstance(value, torch.Tensor) and value.requires_grad:
                 raise Unsupported(
                     f"{type(module).__name__}: gradients are not supported while overflowml manages the model "
-                    "(its weights change place under autograd); wrap the call in torch.no_grad(), or give the model back with overflowml.release(model)"
+                    "(its weights change place under autograd); wrap the call in torch.no_grad(), "
+                    "or give the model back with overflowml.release(model)"
                 )
-
-
-@contextlib.contextmanager
-def logged(what: str) -> Any:
-    """Log an exception instead of raising it, for watchers that must not disturb the work."""
-    try:
-        yield
-    except Exception:  # noqa: BLE001
-        _log.exception("%s failed", what)
