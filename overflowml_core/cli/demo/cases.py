@@ -43,7 +43,7 @@ class Case(Protocol):
         """Write the model's files into an empty folder."""
         ...
 
-    def warm_up(self, folder: Path) -> None:
+    def warm_up(self, folder: Path, device: str) -> None:
         """Import what is needed and run small kernels, so that the libraries' own buffers exist before the baseline."""
         ...
 

@@ -65,11 +65,12 @@ def _measure(info: CaseInfo, case: Case, folder: Path, work: Path, budget_bytes:
     if info.threads_on_two_cores is not None and (os.cpu_count() or 1) <= 2:
         torch.set_num_threads(info.threads_on_two_cores)
     device = _device(torch)
-    case.warm_up(folder)
+    case.warm_up(folder, device)
     _read_once(folder)
     overflowml: Any = importlib.import_module("overflowml") if budget_bytes is not None else None
     settle()
     accelerator_bytes = _accelerator_bytes(torch, device)
+    baseline_bytes = accelerator_bytes() if accelerator_bytes else 0
     with Sampler(accelerator_bytes) as sampler:
         _report("loading", 0, 1)
         start = time.perf_counter()
@@ -86,9 +87,11 @@ def _measure(info: CaseInfo, case: Case, folder: Path, work: Path, budget_bytes:
         answer = case.run(loaded, work, _report)
         _synchronize(torch, device)
         run_s = time.perf_counter() - start
-    peak_bytes = _peak_bytes(torch, device, [s.device_bytes for s in sampler.samples])
-    if attachment is not None:
-        peak_bytes = max(peak_bytes or 0, int(attachment.report().device_peak_bytes))
+    if accelerator_bytes is not None:
+        # As on a CPU: what the libraries took for themselves in the warm-up (cuBLAS workspaces) is not the model's.
+        peak_bytes: int | None = max(_highest_bytes(torch, device) - baseline_bytes, *(s.device_bytes for s in sampler.samples))
+    else:
+        peak_bytes = int(attachment.report().device_peak_bytes) if attachment else None
     return Measured(
         device=device,
         load_s=load_s,
@@ -126,11 +129,9 @@ def _accelerator_bytes(torch: Any, device: str) -> Callable[[], int] | None:
     return lambda: int(read())
 
 
-def _peak_bytes(torch: Any, device: str, sampled_bytes: list[int]) -> int | None:
-    if device == "cpu":
-        return None
+def _highest_bytes(torch: Any, device: str) -> int:
     highest = getattr(getattr(torch, device), "max_memory_allocated", None)
-    return int(highest()) if highest else max(sampled_bytes, default=0)
+    return int(highest()) if highest else 0  # MPS has none; there the samples tell
 
 
 def _synchronize(torch: Any, device: str) -> None:

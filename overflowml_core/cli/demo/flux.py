@@ -29,7 +29,7 @@ class Flux:
         """Write the pipeline."""
         write_pipeline(folder, report)
 
-    def warm_up(self, folder: Path) -> None:
+    def warm_up(self, folder: Path, device: str) -> None:
         """Import the pipeline's classes and run each kind of kernel that it uses, on small tensors."""
         import torch
         import torch.nn.functional as functional
@@ -39,7 +39,7 @@ class Flux:
         CLIPTokenizer.from_pretrained(folder / "tokenizer")
         T5TokenizerFast.from_pretrained(folder / "tokenizer_2")
         del CLIPTextModel, T5EncoderModel
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.device(device):
             row = torch.ones((64, 64), dtype=torch.bfloat16)
             functional.linear(row, row, row[0])
             functional.layer_norm(row, (64,))

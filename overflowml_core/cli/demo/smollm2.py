@@ -73,15 +73,15 @@ class SmolLM2:
         tokenizer.save_pretrained(folder)
         report("writing", 3, 3)
 
-    def warm_up(self, folder: Path) -> None:
+    def warm_up(self, folder: Path, device: str) -> None:
         """Run a tiny model of the same class."""
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-        tiny = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        tiny.generate(torch.ones((1, 4), dtype=torch.long), max_new_tokens=2, do_sample=False, pad_token_id=0)
+        tiny = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device)
+        tiny.generate(torch.ones((1, 4), dtype=torch.long, device=device), max_new_tokens=2, do_sample=False, pad_token_id=0)
 
     def load(self, folder: Path, device: str, budget_bytes: int | None) -> object:
         """Load the model; the budget itself is in OVERFLOWML_DEVICE_MEMORY, as a user would set it."""
