@@ -1,0 +1,31 @@
+"""What all tests share: a cache folder of their own, and marks that look at the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+
+def _has_cuda() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if any(item.get_closest_marker("gpu") for item in items) and not _has_cuda():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """No test sees the user's variables, and none writes into the user's cache folder."""
+    for name in ("DISABLE", "DISABLE_PLUGINS", "DEVICE_MEMORY", "HOST_MEMORY", "RESERVE"):
+        monkeypatch.delenv(f"OVERFLOWML_{name}", raising=False)
+    monkeypatch.setenv("OVERFLOWML_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
