@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from overflowml_core.errors import PlanMismatch, Unsupported
+from overflowml_core.errors import PlanMismatch
 from overflowml_core.facts import Network, Tier
 from overflowml_core.loading import Loading
 from overflowml_core.plan import Estimate, PhasePlan, Placement, Plan
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
+from overflowml_core.runtime.gradients import refuse_gradients, without_gradient
 from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk
 from overflowml_core.runtime.slab import Slab, lay_out
 from overflowml_core.runtime.source import FileReader, stored_as_is
@@ -211,7 +212,7 @@ class Engine:
             if self._active is not phase:
                 self._activate(phase)
             phase.streamer.begin_pass()
-            _refuse_gradients(module, args, kwargs)
+            refuse_gradients(module, args, kwargs)
 
         def ensure(module: nn.Module, args: tuple[Any, ...]) -> None:
             if self._active is not phase:
@@ -222,6 +223,7 @@ class Engine:
                 self._hook_block(phase, k, home.slab.unit.module)
         for name, module in modules.items():
             self._hooks.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
+            self._undo.append(without_gradient(module))
             if taking_turns:
                 # Pipelines also call parts of a component by themselves (vae.decode, text_model.final_layer_norm).
                 for part in _direct_owners(structures[name]):
@@ -234,7 +236,7 @@ class Engine:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._active is not phase:
                 self._activate(phase)
-            _refuse_gradients(module, args, kwargs)
+            refuse_gradients(module, args, kwargs)
             streamer.wait(k)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -324,14 +326,3 @@ def _direct_owners(structure: Structure) -> Iterable[nn.Module]:
     owners.update((id(module), module) for _, module, _ in structure.buffers)
     owners.update((id(unit.module), unit.module) for unit in structure.blocks if unit.module is not None)
     return owners.values()
-
-
-def _refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if torch.is_grad_enabled():
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise Unsupported(
-                    f"{type(module).__name__}: gradients are not supported while overflowml manages the model "
-                    "(its weights change place under autograd); wrap the call in torch.no_grad(), "
-                    "or give the model back with overflowml.release(model)"
-                )

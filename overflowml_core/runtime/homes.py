@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from overflowml_core.errors import ReadFault
 from overflowml_core.facts import Tier
+from overflowml_core.loading import Origin
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.slab import Entry, Slab
 from overflowml_core.runtime.source import FileReader, Piece, fill, is_stored_as_is, pieces_of, stored_as_is
@@ -47,17 +49,32 @@ class FileMaps:
         self._maps: dict[Path, torch.Tensor] = {}
 
     def view(self, entry: Entry) -> torch.Tensor:
-        """A weight that is stored as it is, as a tensor over its file."""
+        """A weight that is stored as it is, as a tensor over its file.
+
+        Raises:
+            ReadFault: the file is gone or shorter than it was.
+        """
         if entry.origin is None:
             raise ValueError(f"{entry.weight.name} has no origin")
         origin = entry.origin
-        if origin.path not in self._maps:
-            self._maps[origin.path] = torch.from_numpy(np.memmap(origin.path, dtype=np.uint8, mode="c"))
-        flat = self._maps[origin.path][origin.offset_bytes : origin.offset_bytes + origin.nbytes]
+        if not origin.nbytes:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        flat = self._map(origin)[origin.offset_bytes : origin.offset_bytes + origin.nbytes]
+        if flat.numel() < origin.nbytes:
+            # Pages behind the end of a file can be mapped, but whoever touches them dies of it.
+            raise ReadFault(origin.path, origin.offset_bytes, origin.nbytes, flat.numel(), "the file ends there")
         # A mapped file starts on a page, a weight in it need not lie on a multiple of its element size.
         if flat.data_ptr() % entry.dtype.itemsize:
             flat = flat.clone()
         return torch.from_numpy(flat.numpy()).view(entry.dtype).view(entry.shape)
+
+    def _map(self, origin: Origin) -> torch.Tensor:
+        if origin.path not in self._maps:
+            try:
+                self._maps[origin.path] = torch.from_numpy(np.memmap(origin.path, dtype=np.uint8, mode="c"))
+            except (OSError, ValueError) as error:  # ValueError: the file is empty
+                raise ReadFault(origin.path, origin.offset_bytes, origin.nbytes, 0, str(error)) from error
+        return self._maps[origin.path]
 
 
 def home_in_ram(slab: Slab, device: Device, pin: bool, reader: FileReader) -> Home:

@@ -43,10 +43,14 @@ class Slab:
     nbytes: int
 
     def parameters(self, buffer: torch.Tensor) -> tuple[nn.Parameter, ...]:
-        """A parameter over the buffer for each entry, without gradient."""
+        """A parameter over the buffer for each entry.
+
+        ``requires_grad`` is the original's, although no gradient is ever taken: torch chooses between kernels by it (a batched product
+        is folded into a plain one only where the weight requires a gradient), and outputs shall be identical to the unmanaged model's.
+        """
         # Outside inference mode, whatever the caller is in: inference tensors could not be used under autograd later.
         with torch.inference_mode(False), torch.no_grad():
-            return tuple(nn.Parameter(entry.view(buffer), requires_grad=False) for entry in self.entries)
+            return tuple(nn.Parameter(entry.view(buffer), requires_grad=entry.weight.parameter.requires_grad) for entry in self.entries)
 
     def install(self, parameters: tuple[nn.Parameter, ...]) -> None:
         """Put these parameters where the unit's weights are held."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ class FileReader:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
+        # A model may be dropped without being given back; its files must not stay open then.
+        weakref.finalize(self, _close_all, self._descriptors)
         self.bytes_read = 0
 
     def read(self, pieces: Sequence[Piece], buffer: torch.Tensor) -> None:
@@ -88,15 +91,18 @@ class FileReader:
     def close(self) -> None:
         """Close all files. A second call does nothing."""
         with self._lock:
-            descriptors, self._descriptors = self._descriptors, {}
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+            _close_all(self._descriptors)
 
     def __enter__(self) -> FileReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _close_all(descriptors: dict[Path, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 def _vectored_read(descriptor: int, views: list[memoryview], offset: int) -> int:

@@ -138,16 +138,14 @@ def _collect(module: nn.Module, path: str, repeated: set[str], found: list[tuple
 def dissect(module: nn.Module) -> Structure:
     """Take a module apart.
 
-    A parameter that several blocks hold, or a block and something outside, belongs to the fixed unit, so that it is there for both.
+    A parameter that several blocks hold, or a block and something outside, belongs to the fixed unit, so that it is there for both;
+    so do the parameters of a module that lies in several of these places.
 
     Raises:
         Unsupported: a parameter is a tensor subclass, as quantizers make them.
     """
     blocks = find_blocks(module)
-    block_of: dict[int, str] = {}
-    for block_name, block in blocks:
-        for inner in block.modules():
-            block_of[id(inner)] = block_name
+    block_of = _whereabouts(module, blocks)
     owners: dict[int, list[tuple[str, Owner, str | None]]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for path, inner, attribute, parameter in _walk(module):
@@ -172,6 +170,27 @@ def dissect(module: nn.Module) -> Structure:
         if buffer is not None
     )
     return Structure(units, Unit("", None, tuple(fixed)), buffers)
+
+
+def _whereabouts(module: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict[int, str | None]:
+    """By id of a module the only block that it lies in; None where it lies outside, or in several places."""
+    found: dict[int, str | None] = {}
+
+    def note(inner: nn.Module, place: str | None) -> None:
+        found[id(inner)] = place if found.get(id(inner), place) == place else None
+
+    for name, block in blocks:
+        for inner in block.modules():
+            note(inner, name)
+    seen = {id(block) for _, block in blocks}
+    pending = [module]
+    while pending:
+        inner = pending.pop()
+        if id(inner) not in seen:
+            seen.add(id(inner))
+            note(inner, None)
+            pending.extend(inner.children())
+    return found
 
 
 def _walk(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:

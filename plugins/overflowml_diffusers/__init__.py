@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overflowml_core.hookspecs import hookimpl
+from overflowml_core.requirements import require
 
 if TYPE_CHECKING:
     from overflowml_core.facts import Network, Workload
@@ -30,9 +31,10 @@ def overflowml_describe(source: object, workload: Workload, options: dict[str, o
     if isinstance(source, (str, Path)):
         from overflowml_core.inspect import kind_of_folder
 
-        kind = kind_of_folder(Path(source))
+        kind = kind_of_folder(Path(source) / str(options.get("subfolder") or ""))
         if kind not in ("diffusers-pipeline", "diffusers-model"):
             return None
+        require(f"{source}: a {kind.replace('-', ' ')}", "diffusers", "torch", "diffusers", "transformers", "accelerate")
         from overflowml_diffusers.describe import describe_folder
 
         return describe_folder(Path(source), kind, workload, options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overflowml_core.hookspecs import hookimpl
+from overflowml_core.requirements import require
 
 if TYPE_CHECKING:
     from overflowml_core.facts import Network, Workload
@@ -26,8 +27,9 @@ def overflowml_describe(source: object, workload: Workload, options: dict[str, o
     if isinstance(source, (str, Path)):
         from overflowml_core.inspect import kind_of_folder
 
-        if kind_of_folder(Path(source)) != "transformers":
+        if kind_of_folder(Path(source) / str(options.get("subfolder") or "")) != "transformers":
             return None
+        require(f"{source}: a transformers model", "transformers", "torch", "transformers", "accelerate")
         from overflowml_transformers.describe import describe_folder
 
         return describe_folder(Path(source), workload, options)

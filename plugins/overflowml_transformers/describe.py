@@ -47,9 +47,12 @@ def build_without_weights(folder: Path, options: dict[str, object]) -> Any:
     """
     import transformers
 
-    open_checkpoint(folder, variant=options.get("variant"))  # type: ignore[arg-type]
+    options = dict(options)
+    open_checkpoint(folder / str(options.get("subfolder") or ""), variant=options.get("variant"))  # type: ignore[arg-type]
+    config = options.pop("config", None)
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        if config is None:
+            config = transformers.AutoConfig.from_pretrained(folder, subfolder=options.get("subfolder") or "")
     except (ValueError, OSError, KeyError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise NotAModel(folder, f"transformers cannot read its config.json ({first_line})") from error
@@ -62,11 +65,12 @@ def build_without_weights(folder: Path, options: dict[str, object]) -> Any:
         )
     try:
         with session.hosts(), loading(Loading(Limits(), describe_only=True)):
-            return model_class.from_pretrained(folder, config=config, **options)
+            loaded = model_class.from_pretrained(folder, config=config, **options)
     except OverflowmlError:
         raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise NotAModel(folder, f"{model_class.__name__} cannot be built from its config.json ({type(error).__name__}: {error})") from error
+    return loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
 
 
 def estimate_activation_bytes(model: Any, workload: Workload) -> int:

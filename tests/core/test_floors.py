@@ -49,3 +49,14 @@ def test_no_file_is_over_400_lines():
     assert len(files) > 40
     long = {str(p.relative_to(ROOT)): n for p in files if (n := len(p.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long
+
+
+def test_without_torch_a_folder_is_an_error_that_names_the_extra(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    hide = "import importlib.util as u; real = u.find_spec\n"
+    hide += "u.find_spec = lambda name, *a: None if name.split('.')[0] in ('torch', 'transformers') else real(name, *a)\n"
+    plan = "import overflowml_core.session as s, overflowml_transformers as t\n"
+    plan += "'transformers' in s.plugins().names() or s.plugins().register(t, 'transformers')\n"
+    plan += f"import overflowml\ntry: overflowml.plan({str(tmp_path)!r})\nexcept overflowml.OverflowmlError as e: print(e)"
+    done = _python(hide + plan)
+    assert "pip install 'overflowml[transformers]'" in done.stdout, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,19 @@ def quiet() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def import_path() -> dict[str, str]:
+    """The environment of a new interpreter that finds the same packages as this one, and has no variable of ours."""
+    root = Path(overflowml.__file__).parents[1]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("OVERFLOWML_")}
+    paths = [
+        str(root),
+        *([str(root / "plugins")] if (root / "plugins").is_dir() else []),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
+    return {**inherited, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 @pytest.fixture(scope="session")

@@ -169,9 +169,7 @@ FAMILIES: dict[str, Family] = {
     "siglip": Family("SiglipModel", _siglip_config, _clip),
     "vit": Family(
         "ViTForImageClassification",
-        lambda: tf.ViTConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8
-        ),
+        lambda: tf.ViTConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8),
         _pixels,
     ),
     "llava": Family("LlavaForConditionalGeneration", _llava_config, _llava),
@@ -195,7 +193,9 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family("MixtralForCausalLM", lambda: tf.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2), _tokens, True),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", lambda: tf.Qwen3MoeConfig(**_LLAMA, **_MOE), _tokens, True),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", _deepseek, _tokens, True),
-    "mamba": Family("MambaForCausalLM", lambda: tf.MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=128, state_size=4), _tokens, True),
+    "mamba": Family(
+        "MambaForCausalLM", lambda: tf.MambaConfig(hidden_size=32, num_hidden_layers=3, vocab_size=128, state_size=4), _tokens, True
+    ),
     "qwen3_next": Family(
         "Qwen3NextForCausalLM",
         lambda: tf.Qwen3NextConfig(

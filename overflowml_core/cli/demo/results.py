@@ -19,8 +19,8 @@ class Measured:
     Attributes:
         device: torch's name of the device that computed.
         load_s, run_s: seconds of loading and of running, without imports.
-        device_peak_bytes: most bytes of the compute tier: the accelerator's allocator above its baseline, or the engine's arenas on a CPU. None in
-            a plain run on a CPU, where no allocator counts them.
+        device_peak_bytes: most bytes of the compute tier: of the accelerator's allocator above its baseline, or of the engine's
+            arenas on a CPU. None in a plain run on a CPU, where no allocator counts them.
         digest: names the result to the last bit.
         output: the result for people.
         samples: memory over time, as growth above the baseline.
