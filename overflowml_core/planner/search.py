@@ -42,7 +42,7 @@ def make_plan(network: Network, machine: Machine, workload: Workload, limits: Li
     strategy = "direct" if direct else "stream" if any(phase.streamed for phase in phases) else "phased"
     plan = Plan(
         strategy=strategy,
-        network=network.source or network.class_name,
+        network=network.class_name,
         network_fingerprint=network.fingerprint,
         weight_bytes=network.weight_bytes,
         device=machine.compute.torch_name,

@@ -19,6 +19,7 @@ import torch
 from overflowml_core.facts import Accelerator
 
 _log = logging.getLogger("overflowml")
+_PAGE_BYTES = 4096
 
 
 class Ledger:
@@ -30,8 +31,8 @@ class Ledger:
         self.peak_bytes = 0
 
     def book(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Count a tensor's storage until it is freed."""
-        nbytes = tensor.untyped_storage().nbytes()
+        """Count the bytes of a tensor until its storage is freed."""
+        nbytes = tensor.numel() * tensor.element_size()
         with self._lock:
             self.held_bytes += nbytes
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
@@ -227,16 +228,18 @@ class CudaDevice(StreamDevice):
     def _pinned_buffer(self, nbytes: int) -> torch.Tensor:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8)
-        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        # Whole pages of our own: two registrations must not share a page.
+        buffer = torch.empty(nbytes + 2 * _PAGE_BYTES, dtype=torch.uint8)
+        address = -(-buffer.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
+        start = address - buffer.data_ptr()
         runtime = torch.cuda.cudart()
-        address = buffer.data_ptr()
         with torch.cuda.device(self.torch_device):
-            failure = int(runtime.cudaHostRegister(address, nbytes, 0))
+            failure = int(runtime.cudaHostRegister(address, -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES, 0))
         if failure:
             raise RuntimeError(f"cudaHostRegister failed with error {failure}")
         # The driver must let go before the allocator does; the finalizer runs while the storage is still there.
         weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
-        return buffer
+        return buffer[start : start + nbytes]
 
 
 class OrderedDevice(Device):
