@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -47,6 +47,23 @@ class Patch:
         return True
 
 
+def patch_all(wanted: Iterable[tuple[type | ModuleType, str, Callable[[Any], Any]]]) -> list[Patch]:
+    """Replace several attributes, all of them or none: (owner, name, what makes the replacement) each.
+
+    Raises:
+        AttributeError: one is not there any more; the others are as they were.
+    """
+    made: list[Patch] = []
+    try:
+        for owner, name, make in wanted:
+            made.append(Patch(owner, name, make))
+    except BaseException:
+        while made:
+            made.pop().undo()
+        raise
+    return made
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Waits for the import of one module, lets it happen, then calls back."""
 
@@ -76,6 +93,10 @@ class _Loader(importlib.abc.Loader):
     def __init__(self, loader: Any, finder: _Finder) -> None:
         self._loader, self._finder = loader, finder
 
+    def __getattr__(self, name: str) -> Any:
+        # Tools ask a spec's loader for source and resources before anything is imported.
+        return getattr(self._loader, name)
+
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         made: ModuleType | None = self._loader.create_module(spec)
         return made
@@ -88,18 +109,30 @@ class _Loader(importlib.abc.Loader):
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-            self._finder.callback(module)
+            _call_back(self._finder.callback, module)
+
+
+def _call_back(callback: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """A host that has changed must stay importable: it is left alone then, and said so."""
+    try:
+        callback(module)
+    except AttributeError as error:
+        _log.error(
+            "%s: %s; it is left as it is, without overflowml: update overflowml, or take a release of it that fits", module.__name__, error
+        )
 
 
 def after_import(name: str, callback: Callable[[ModuleType], None]) -> Callable[[], None]:
     """Call back with a module: at once where it is imported already, else right after its import.
+
+    An AttributeError of the callback is logged: the module is not what it was when the callback was written.
 
     Returns:
         A function that stops waiting.
     """
     module = sys.modules.get(name)
     if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
-        callback(module)
+        _call_back(callback, module)
         return lambda: None
     finder = _Finder(name, callback)
     sys.meta_path.insert(0, finder)

@@ -4,6 +4,7 @@ planner, inspect and runtime."""
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +103,23 @@ def _check_path(path: Path) -> None:
         raise NotAModel(path, "this is a file; give the folder that holds config.json or model_index.json")
 
 
+def local_folder(source: object) -> Path | None:
+    """The folder that a host is asked to load, None where it is to be found elsewhere (a Hub repository, ``owner/name``).
+
+    Raises:
+        NotAModel: it can only be a path, and leads to no folder.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return None
+    path = Path(os.fspath(source))
+    if path.is_dir():
+        return path
+    # A host would look for it on the Hub, and complain of the name that it is not.
+    if not isinstance(source, str) or path.is_file() or path.is_absolute() or source.startswith((".", "~")) or len(path.parts) > 2:
+        _check_path(path)
+    return None
+
+
 def make_plan(network: Network, limits: Limits, workload: Workload | None = None, machine: Machine | None = None) -> Plan:
     """Decide where the weights of a network live.
 
@@ -144,7 +162,9 @@ def manage(
         OverflowmlError: it is managed already, or something else went wrong; the target is as it was.
     """
     modules = _modules(target)
-    for name, part in [("it", target), *modules.items()]:
+    # A part deep inside counts too: its weights change place while this plan would hold them.
+    inner = [(f"{name}.{path}" if path else name, part) for name, module in modules.items() for path, part in module.named_modules()]
+    for name, part in [("it", target), *inner]:
         if attachment(part) is not None:
             raise OverflowmlError(
                 f"{type(target).__name__}: {name} is managed by overflowml already; call overflowml.release on its owner first"

@@ -171,7 +171,10 @@ class StreamDevice(Device):
         self._copy_stream = self.module.Stream(device=torch_device)
 
     def empty(self, nbytes: int) -> torch.Tensor:
-        return self.arenas.book(torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device))
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        # A model may be dropped while a copy is under way; its memory must not be handed out again before that copy is over.
+        buffer.record_stream(self._copy_stream)
+        return self.arenas.book(buffer)
 
     def host_buffer(self, nbytes: int, pin: bool) -> torch.Tensor:
         if not pin:
@@ -179,7 +182,7 @@ class StreamDevice(Device):
         try:
             return self.pinned.book(self._pinned_buffer(nbytes))
         except RuntimeError as error:
-            _log.warning("pinning %d bytes was refused (%s); copies from pageable memory are slower", nbytes, error)
+            _log.warning("pinning %d bytes was refused (%s); copies from pageable memory are slower", nbytes, str(error))
             return self.pageable.book(torch.empty(nbytes, dtype=torch.uint8))
 
     def _pinned_buffer(self, nbytes: int) -> torch.Tensor:

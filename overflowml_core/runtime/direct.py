@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -33,12 +34,15 @@ class Direct:
             torch.OutOfMemoryError: the device has less room than the machine reported.
         """
         self.device.reset_peak()
-        with torch.inference_mode(False), torch.no_grad(), FileReader() as reader:
+        with torch.inference_mode(False), torch.no_grad(), FileReader() as reader, contextlib.ExitStack() as back:
             maps = FileMaps()
+            # One module after the other, so that RAM never holds more than one of those that are cast.
             for module in modules.values():
                 _bring_in(module, loading, reader, maps)
                 if not self.device.on_host:
+                    back.callback(_return, *_places(module))
                     module.to(self.device.torch_device)
+            back.pop_all()
         return self
 
     def report(self) -> Estimate:
@@ -51,6 +55,23 @@ class Direct:
 
     def detach(self) -> None:
         """Nothing to give back: the weights stay where they are."""
+
+
+_Parameters = list[tuple[nn.Parameter, torch.device]]
+_Buffers = list[tuple[nn.Module, dict[str, torch.Tensor | None]]]
+
+
+def _places(module: nn.Module) -> tuple[_Parameters, _Buffers]:
+    parameters = [(parameter, parameter.device) for parameter in module.parameters()]
+    return parameters, [(inner, dict(inner._buffers)) for inner in module.modules()]
+
+
+def _return(parameters: _Parameters, buffers: _Buffers) -> None:
+    """Take a module back from a device that has too little room."""
+    for parameter, device in parameters:
+        parameter.data = parameter.data.to(device)
+    for inner, originals in buffers:
+        inner._buffers.update(originals)
 
 
 def _bring_in(module: nn.Module, loading: Loading | None, reader: FileReader, maps: FileMaps) -> None:

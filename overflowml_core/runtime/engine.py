@@ -39,8 +39,10 @@ class _Phase:
     plan: PhasePlan
     streamer: Streamer
     residents: list[Home] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
     arenas: list[torch.Tensor] = field(default_factory=list)
-    buffers: list[tuple[Owner, torch.Tensor]] = field(default_factory=list)
+    buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Pairs of a buffer on the device and the one that it stands for."""
 
 
 @dataclass(slots=True)
@@ -119,12 +121,7 @@ class Engine:
                 if progress is not None:
                     progress(done, total)
             streamer = Streamer(self.device, self._feeder, streamed, phase_plan.slot_count, phase_plan.slot_bytes)
-            phase = _Phase(phase_plan, streamer, residents)
-            phase.buffers = [
-                (Owner(module, attribute), module._buffers[attribute])  # type: ignore[misc]
-                for name in phase_plan.components
-                for _, module, attribute in structures[name].buffers
-            ]
+            phase = _Phase(phase_plan, streamer, residents, [modules[name] for name in phase_plan.components])
             self._phases.append(phase)
             self._hook_phase(phase, {name: modules[name] for name in phase_plan.components}, structures)
 
@@ -177,8 +174,8 @@ class Engine:
                     self._feeder.feed(home, arena, start, end)
                     self.device.wait(end)
                     home.slab.install(home.slab.parameters(arena))
-                for owner, buffer in phase.buffers:
-                    owner.module._buffers[owner.attribute] = buffer.to(self.device.torch_device)
+                if not self.device.on_host:
+                    self._bring_buffers(phase)
                 phase.streamer.open()
             except BaseException:
                 self._leave(phase)
@@ -195,13 +192,31 @@ class Engine:
         phase.streamer.close()
         for home in phase.residents:
             home.slab.install(home.parameters)
-        for owner, original in phase.buffers:
-            present = owner.module._buffers.get(owner.attribute)
-            if present is not None and present is not original:
-                original.copy_(present)  # a model may write to its buffers
-                owner.module._buffers[owner.attribute] = original
+        if not self.device.on_host:
+            self._take_buffers_home(phase)
         phase.arenas.clear()
         self.device.trim()
+
+    def _bring_buffers(self, phase: _Phase) -> None:
+        moved: dict[int, torch.Tensor] = {}
+        for owner, buffer in _buffers_of(phase.modules):
+            if id(buffer) not in moved:  # one that several modules share stays one
+                moved[id(buffer)] = buffer.to(self.device.torch_device)
+                phase.buffers.append((moved[id(buffer)], buffer))
+            owner.module._buffers[owner.attribute] = moved[id(buffer)]
+
+    def _take_buffers_home(self, phase: _Phase) -> None:
+        originals = {id(moved): original for moved, original in phase.buffers}
+        for moved, original in phase.buffers:
+            if moved is not original:
+                original.copy_(moved)  # a model may write to its buffers
+        for owner, present in _buffers_of(phase.modules):
+            original = originals.get(id(present))
+            if original is None and present.device.type == self.device.torch_device.type:
+                original = present.to("cpu")  # the model put another one in its place
+            if original is not None:
+                owner.module._buffers[owner.attribute] = original
+        phase.buffers.clear()
 
     # ---- hooks
 
@@ -285,7 +300,8 @@ class Engine:
     def _restore(self, held: _Held) -> None:
         parameters = []
         for entry, parameter, device in zip(held.slab.entries, held.home.parameters, held.devices, strict=True):
-            if entry.origin is None or not stored_as_is(held.slab):
+            # Only what is mapped from the model's own file may stay as it is; pinned memory and the packed store go away.
+            if held.home.host is not None or not stored_as_is(held.slab):
                 values = entry.view(held.arena) if held.arena is not None else parameter.data
                 parameter.data = values.detach().to("cpu" if device.type == "meta" else device, copy=True)
             parameters.append(parameter)
@@ -316,6 +332,16 @@ def _mismatch(placement: Placement, unit: Unit | None) -> str:
     found = "no such block" if unit is None else f"a block of {unit.slab_bytes} bytes"
     wanted = f"{placement.component}.{placement.block}: the plan has {placement.stored_bytes} bytes"
     return f"{wanted}, the model {found}; make a plan for this model"
+
+
+def _buffers_of(modules: Iterable[nn.Module]) -> list[tuple[Owner, torch.Tensor]]:
+    return [
+        (Owner(inner, attribute), buffer)
+        for module in modules
+        for inner in module.modules()
+        for attribute, buffer in inner._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _direct_owners(structure: Structure) -> Iterable[nn.Module]:

@@ -88,8 +88,10 @@ def home_in_ram(slab: Slab, device: Device, pin: bool, reader: FileReader) -> Ho
 def home_on_disk(slab: Slab, reader: FileReader, maps: FileMaps, open_store: Callable[[], PackedStore]) -> Home:
     """Leave a slab in the model's own file where it can be used from there, else pack it into the store, which is opened then."""
     if stored_as_is(slab):
+        pieces = tuple(pieces_of(slab))
+        reader.hold(pieces)
         parameters = tuple(rehome(entry, maps.view(entry)) for entry in slab.entries)
-        return Home(slab, Tier.DISK, parameters, pieces=tuple(pieces_of(slab)))
+        return Home(slab, Tier.DISK, parameters, pieces=pieces)
     store = open_store()
     packed = torch.empty(slab.nbytes, dtype=torch.uint8)
     fill(slab.entries, packed, reader)

@@ -83,6 +83,15 @@ class FileReader:
                 self._descriptors[path] = descriptor
             return descriptor
 
+    def hold(self, pieces: Sequence[Piece]) -> None:
+        """Open the files of pieces now, so that they are read as they are now, whatever takes their place before the first read.
+
+        Raises:
+            ReadFault: a file is gone or unreadable.
+        """
+        for piece in pieces:
+            self._descriptor(piece.path, piece.file_offset, piece.nbytes)
+
     def adopt(self, path: Path, descriptor: int) -> None:
         """Read this path through a descriptor that the caller opened; it is duplicated."""
         with self._lock:

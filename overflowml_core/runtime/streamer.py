@@ -9,6 +9,7 @@ for the reader thread, where a block comes from disk.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ from overflowml_core.errors import Unsupported
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.feeder import Feeder
 from overflowml_core.runtime.homes import Home
+
+_LOOK_AGAIN_S = 0.5
+"""A thread that waits for a slot looks this often whether those who use it are still there."""
 
 
 class _Request:
@@ -121,13 +125,16 @@ class Streamer:
         me = threading.get_ident()
         with self._condition:
             slot = self._slots[k % self.slot_count]
+            if me in slot.users:
+                self._take_back(slot, k)
             while slot.users and slot.holder != k:
                 if me in slot.users:
                     raise Unsupported(
                         f"block {self.homes[k].slab.unit.name} is called inside {self._name(slot.holder)}, "
                         "which uses the same staging slot; give the budget room for both, so that they stay resident"
                     )
-                self._condition.wait()
+                if not self._condition.wait(_LOOK_AGAIN_S):
+                    self._take_back(slot, k)
             request = slot.request
             if slot.holder != k or request is None:
                 self._await_issue(request)  # a read under way into this slot ends first
@@ -170,6 +177,20 @@ class Streamer:
         for k in stale:
             if k is not None:
                 self.release(k)
+
+    def _take_back(self, slot: _Slot, k: int) -> None:
+        """Before a call of block k, free a slot from calls that ended in what no hook sees: an interrupt, the end of a thread."""
+        if slot.holder is None:
+            return
+        home, me = self.homes[slot.holder], threading.get_ident()
+        left: list[int] = []
+        for user in set(slot.users):
+            inside = _calls_under_way(home.slab.unit.module, user) - (user == me and slot.holder == k)
+            left += [user] * min(inside, slot.users.count(user))
+        slot.users = left
+        if not left:
+            self.device.record(slot.free)
+            home.slab.install(home.parameters)
 
     def _name(self, k: int | None) -> str:
         return "another block" if k is None else self.homes[k].slab.unit.name
@@ -217,3 +238,13 @@ class Streamer:
             started = time.perf_counter()
             request.issued.wait()
             self.stall_s += time.perf_counter() - started
+
+
+def _calls_under_way(module: nn.Module | None, ident: int) -> int:
+    """How many calls of a module a thread is inside of."""
+    count, frame = 0, sys._current_frames().get(ident)
+    while frame is not None:
+        # What torch's Module has as __call__; every call goes through it, compiled or not.
+        count += frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return count

@@ -19,7 +19,8 @@ PIPELINE_MOVES = (
     "remove_all_hooks",
     "reset_device_map",
 )
-MODEL_MOVES = (*MODULE_MOVES, "enable_group_offload", "enable_layerwise_casting")
+MODEL_MOVES = (*MODULE_MOVES, "enable_group_offload", "enable_layerwise_casting", "load_state_dict")
+"""``load_state_dict``: what is streamed is read from where it came from, so values written into it would be lost without a word."""
 
 
 class Placement:

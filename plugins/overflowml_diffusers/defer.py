@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from overflowml_core.inspect import checkpoint_of_files
+from overflowml_core.inspect import Checkpoint, checkpoint_of_files
 from overflowml_core.loading import Loading, Origin
 from overflowml_core.runtime.structure import TORCH_DTYPES
 
@@ -55,6 +55,7 @@ def defer_weights(
         )
         deferred.add(name)
     if request.describe_only:
+        _cast_buffers(model, checkpoint, dtype, keep_in_fp32)
         return {}
     if state_dict is not None:
         return {name: tensor for name, tensor in state_dict.items() if name not in deferred}
@@ -72,6 +73,17 @@ def _final_dtype(name: str, stored: torch.dtype, built: torch.dtype, asked: torc
     if not stored.is_floating_point:
         return stored
     return torch.float32 if any(part in name.split(".") for part in keep_in_fp32) else asked
+
+
+def _cast_buffers(model: Any, checkpoint: Checkpoint, dtype: torch.dtype | None, keep_in_fp32: list[str]) -> None:
+    """For a description: buffers that the checkpoint holds get the dtype in which the host would load them."""
+    buffers = dict(model.named_buffers())
+    for name, located in checkpoint.tensors.items():
+        buffer, stored = buffers.get(name), TORCH_DTYPES.get(located.entry.dtype)
+        if buffer is not None and stored is not None:
+            path, _, attribute = name.rpartition(".")
+            final = _final_dtype(name, stored, buffer.dtype, dtype, keep_in_fp32)
+            model.get_submodule(path)._buffers[attribute] = torch.empty(buffer.shape, dtype=final, device="meta")
 
 
 def _replace(model: Any, name: str, dtype: torch.dtype) -> nn.Parameter:

@@ -127,11 +127,12 @@ def describe_folder(folder: Path, kind: str, workload: Workload, options: dict[s
 
     from overflowml_diffusers.host import check_model_source, check_pipeline_source
 
+    options = {name: value for name, value in options.items() if name != "output_loading_info"}
     loader = diffusers.DiffusionPipeline if kind == "diffusers-pipeline" else diffusers.AutoModel
     (check_pipeline_source if kind == "diffusers-pipeline" else check_model_source)(folder, dict(options))
     try:
         with session.hosts(), loading(Loading(Limits(), describe_only=True)):
-            built = loader.from_pretrained(folder, **options)
+            built = loader.from_pretrained(str(folder), **options)  # AutoModel joins it with other strings
     except OverflowmlError:
         raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ from overflowml_core import session
 from overflowml_core.errors import BadCheckpoint, BadLimits, NotAModel, UnsafeCheckpoint
 from overflowml_core.facts import Limits
 from overflowml_core.loading import Loading, current, loading
-from overflowml_core.patching import Patch, after_import
+from overflowml_core.patching import Patch, after_import, patch_all
 
 _patches: list[Patch] = []
 _stop_waiting: list[Callable[[], None]] = []
@@ -38,12 +37,12 @@ def uninstall() -> None:
 
 
 def _patch_pipelines(module: ModuleType) -> None:
-    _patches.append(Patch(module.DiffusionPipeline, "from_pretrained", _maker(check_pipeline_source)))
+    _patches.extend(patch_all([(module.DiffusionPipeline, "from_pretrained", _maker(check_pipeline_source))]))
 
 
 def _patch_models(module: ModuleType) -> None:
-    _patches.append(Patch(module.ModelMixin, "from_pretrained", _maker(check_model_source)))
-    _patches.append(Patch(module.ModelMixin, "_load_pretrained_model", _make_load))
+    model = module.ModelMixin
+    _patches.extend(patch_all([(model, "from_pretrained", _maker(check_model_source)), (model, "_load_pretrained_model", _make_load)]))
 
 
 def _maker(check: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any], Any]:
@@ -80,8 +79,9 @@ def check_model_source(source: Any, kwargs: dict[str, Any]) -> None:
     """
     from overflowml_core.inspect import open_checkpoint
 
-    if isinstance(source, (str, os.PathLike)) and Path(source).is_dir():
-        open_checkpoint(Path(source) / (kwargs.get("subfolder") or ""), variant=kwargs.get("variant"))
+    folder = session.local_folder(source)
+    if folder is not None:
+        open_checkpoint(folder / (kwargs.get("subfolder") or ""), variant=kwargs.get("variant"))
 
 
 def check_pipeline_source(source: Any, kwargs: dict[str, Any]) -> None:
@@ -92,9 +92,9 @@ def check_pipeline_source(source: Any, kwargs: dict[str, Any]) -> None:
     """
     from overflowml_core.inspect import open_checkpoint, read_json
 
-    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir():
+    folder = session.local_folder(source)
+    if folder is None:
         return
-    folder = Path(source)
     if not (folder / "model_index.json").is_file():
         raise NotAModel(
             folder,

@@ -8,6 +8,9 @@ from typing import Any
 from overflowml_core.facts import Tier
 from overflowml_core.runtime.guards import MODULE_MOVES, guard
 
+_MOVES = (*MODULE_MOVES, "load_state_dict")
+"""What is streamed is read from where it came from: values written into it would be lost without a word."""
+
 _ON = {Tier.PINNED: "cpu", Tier.RAM: "cpu", Tier.DISK: "disk"}
 
 
@@ -27,4 +30,4 @@ def after_attach(model: Any, attachment: Any) -> None:
             vars(model)["hf_device_map"] = before
 
     attachment.on_detach(undo)
-    attachment.on_detach(guard(model, MODULE_MOVES, "model"))
+    attachment.on_detach(guard(model, _MOVES, "model"))

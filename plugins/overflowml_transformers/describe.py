@@ -47,7 +47,7 @@ def build_without_weights(folder: Path, options: dict[str, object]) -> Any:
     """
     import transformers
 
-    options = dict(options)
+    options = {name: value for name, value in options.items() if name != "output_loading_info"}
     open_checkpoint(folder / str(options.get("subfolder") or ""), variant=options.get("variant"))  # type: ignore[arg-type]
     config = options.pop("config", None)
     try:
@@ -65,12 +65,11 @@ def build_without_weights(folder: Path, options: dict[str, object]) -> Any:
         )
     try:
         with session.hosts(), loading(Loading(Limits(), describe_only=True)):
-            loaded = model_class.from_pretrained(folder, config=config, **options)
+            return model_class.from_pretrained(str(folder), config=config, **options)
     except OverflowmlError:
         raise
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         raise NotAModel(folder, f"{model_class.__name__} cannot be built from its config.json ({type(error).__name__}: {error})") from error
-    return loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
 
 
 def estimate_activation_bytes(model: Any, workload: Workload) -> int:

@@ -8,9 +8,8 @@ there weights that lie in a file one to one are left unread, and the rest is loa
 from __future__ import annotations
 
 import functools
-import os
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +17,7 @@ from overflowml_core import session
 from overflowml_core.errors import BadLimits, UnsafeCheckpoint
 from overflowml_core.facts import Limits
 from overflowml_core.loading import Loading, current, loading
-from overflowml_core.patching import Patch, after_import
+from overflowml_core.patching import Patch, after_import, patch_all
 
 DEVICE_MAP = "overflowml"
 _patches: list[Patch] = []
@@ -35,20 +34,24 @@ def uninstall() -> None:
     """Take all patches back and stop waiting."""
     while _stop_waiting:
         _stop_waiting.pop()()
+    replaced = [patch.replacement for patch in _patches]
     while _patches:
         _patches.pop().undo()
+    package, module = sys.modules.get("transformers"), sys.modules.get("transformers.pipelines")
+    # Handed out while ours was in its place, and kept by the package since.
+    if package is not None and module is not None and any(vars(package).get("pipeline") is ours for ours in replaced):
+        package.pipeline = module.pipeline  # type: ignore[attr-defined]
 
 
 def _patch_models(module: ModuleType) -> None:
-    _patches.append(Patch(module.PreTrainedModel, "from_pretrained", _make_from_pretrained))
-    _patches.append(Patch(module.PreTrainedModel, "_load_pretrained_model", _make_load))
+    model = module.PreTrainedModel
+    _patches.extend(patch_all([(model, "from_pretrained", _make_from_pretrained), (model, "_load_pretrained_model", _make_load)]))
 
 
 def _patch_pipelines(module: ModuleType) -> None:
-    _patches.append(Patch(module, "pipeline", _make_pipeline))
-    _patches.append(Patch(module.Pipeline, "__init__", _make_pipeline_init))
     import transformers
 
+    _patches.extend(patch_all([(module, "pipeline", _make_pipeline), (module.Pipeline, "__init__", _make_pipeline_init)]))
     # transformers hands out lazily what its submodules define; if it has done so already, it keeps the old function.
     if "pipeline" in vars(transformers):
         _patches.append(Patch(transformers, "pipeline", lambda _: module.pipeline))
@@ -121,11 +124,10 @@ def check_source(source: Any, kwargs: dict[str, Any]) -> None:
     """
     from overflowml_core.inspect import open_checkpoint
 
-    if not isinstance(source, (str, os.PathLike)) or not Path(source).is_dir():
+    folder = session.local_folder(source)
+    if folder is None or kwargs.get("gguf_file") or kwargs.get("state_dict") is not None or (folder / "adapter_config.json").exists():
         return
-    if kwargs.get("gguf_file") or kwargs.get("state_dict") is not None or (Path(source) / "adapter_config.json").exists():
-        return
-    open_checkpoint(Path(source) / (kwargs.get("subfolder") or ""), variant=kwargs.get("variant"))
+    open_checkpoint(folder / (kwargs.get("subfolder") or ""), variant=kwargs.get("variant"))
 
 
 def _make_load(original: Any) -> Any:
@@ -154,7 +156,8 @@ def _make_load(original: Any) -> Any:
 def _make_pipeline(original: Any) -> Any:
     @functools.wraps(original)
     def pipeline(*args: Any, **kwargs: Any) -> Any:
-        overflow = kwargs.pop("overflow", None)
+        # The package keeps what it handed out, so this may be called after uninstall.
+        overflow = kwargs.pop("overflow", None) if _stop_waiting else None
         if overflow is not None and overflow is not False:
             if isinstance(kwargs.get("model", args[1] if len(args) > 1 else None), (str, type(None))):
                 kwargs["model_kwargs"] = {**(kwargs.get("model_kwargs") or {}), "overflow": Limits.of(overflow)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,34 @@ def _ties(module: torch.nn.Module) -> set[frozenset[str]]:
     return {frozenset(names) for names in places.values() if len(names) > 1}
 
 
+def assert_one_line(error: overflowml.OverflowmlError, *needles: str) -> None:
+    """An error for people: one line that holds these words and a way out."""
+    text = str(error)
+    assert "\n" not in text
+    for needle in needles:
+        assert needle in text, text
+    assert "; " in text, f"no way out: {text}"
+
+
+def copy_folder(source: Path, target: Path) -> Path:
+    """A copy that a test may damage."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (target / path.relative_to(source)).write_bytes(path.read_bytes())
+    return target
+
+
+_ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def note_engine(engine: Engine) -> None:
+    """Count this engine until it is detached or gone."""
+    _ENGINES.add(engine)
+
+
 def live_engines() -> int:
     """Engines that still hold something after everything unreachable was collected."""
-    gc.collect()
-    return sum(1 for each in gc.get_objects() if isinstance(each, Engine) and not each._detached)
+    if any(not engine._detached for engine in _ENGINES):
+        gc.collect()
+    return sum(1 for engine in _ENGINES if not engine._detached)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -15,11 +14,14 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("diffusers")
 
-import torch  # noqa: E402
+import torch
 
-import overflowml  # noqa: E402
-from overflowml_core import environment, session  # noqa: E402
-from tests.hosts import models, pipelines  # noqa: E402
+import overflowml
+from overflowml_core import environment, session
+from overflowml_core.loading import current
+from overflowml_core.runtime.engine import Engine
+from tests.hosts import models, pipelines
+from tests.hosts.check import assert_same, live_engines, note_engine
 
 _PLUGINS = ("transformers", "diffusers")
 _VARIABLES = (environment.DEVICE_MEMORY, environment.HOST_MEMORY, environment.RESERVE, environment.DISABLE)
@@ -45,19 +47,57 @@ def hosts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     register_plugins()
     overflowml.install()
     torch.manual_seed(0)
+    made = Engine.__init__
+
+    def init(self: Engine, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        note_engine(self)
+
+    monkeypatch.setattr(Engine, "__init__", init)
     yield
     overflowml.uninstall()
-    gc.collect()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def quiet() -> None:
-    """No progress bars of the hosts."""
+@pytest.fixture(autouse=True, scope="package")
+def quiet() -> Iterator[None]:
+    """No progress bars of the hosts; one thread, for on models this small more of them only wait for each other."""
     import diffusers
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    transformers.utils.logging.enable_progress_bar()
+    diffusers.utils.logging.enable_progress_bar()
+
+
+def _functions() -> list[Any]:
+    import diffusers
+    import transformers
+    from diffusers.models import modeling_utils
+
+    owners = (transformers.PreTrainedModel, modeling_utils.ModelMixin)
+    loaders = [vars(owner)[name] for owner in owners for name in ("from_pretrained", "_load_pretrained_model")]
+    return [*loaders, vars(diffusers.DiffusionPipeline)["from_pretrained"]]
+
+
+@pytest.fixture
+def nothing_left_behind(hosts: None, saved: Callable[..., Path]) -> Iterator[None]:
+    """After a failure: the same functions, no request under way, no engine holding memory, and the next good load works."""
+    import transformers
+
+    before, engines = _functions(), live_engines()
+    yield
+    assert all(now is then for now, then in zip(_functions(), before, strict=True))
+    assert current() is None
+    assert live_engines() == engines
+    limits = overflowml.Limits.exactly(device_memory=100_000, reserve=0)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=limits)
+    assert_same(models.call("llama", model), models.call("llama", transformers.AutoModelForCausalLM.from_pretrained(saved("llama"))))
+    overflowml.release(model)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +115,7 @@ def import_path() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A function that saves a tiny transformers model by its name in :data:`models.FAMILIES`, once for all tests, and returns the folder."""
+    """A function that saves a tiny model by its name in models.FAMILIES, once for all tests, and returns the folder."""
     folders: dict[tuple[Any, ...], Path] = {}
 
     def save(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import overflowml
 from tests.hosts import models
-from tests.hosts.check import assert_same, assert_same_weights, smallest
+from tests.hosts.check import assert_same, assert_same_weights, copy_folder, smallest
 
 Saved = Callable[..., Path]
 
@@ -57,7 +57,7 @@ def test_weights_that_the_model_keeps_in_float32(saved: Saved) -> None:
 
 
 def test_weights_stored_in_several_dtypes(saved: Saved, tmp_path: Path) -> None:
-    folder = _copy(saved("llama"), tmp_path)
+    folder = copy_folder(saved("llama"), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file({k: v.to(torch.float16) if "mlp" in k else v for k, v in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
     _check(tf.LlamaForCausalLM, folder, dtype="auto")
@@ -67,7 +67,7 @@ def test_weights_stored_in_several_dtypes(saved: Saved, tmp_path: Path) -> None:
 @pytest.mark.parametrize("different", [False, True])
 def test_tied_weights_that_are_there_twice(different: bool, saved: Saved, tmp_path: Path) -> None:
     """The host compares them: equal ones are tied, different ones stay apart. So must ours be."""
-    folder = _copy(saved("llama_tied"), tmp_path)
+    folder = copy_folder(saved("llama_tied"), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()
     tensors["lm_head.weight"] = head + 1 if different else head
@@ -78,7 +78,7 @@ def test_tied_weights_that_are_there_twice(different: bool, saved: Saved, tmp_pa
 
 def test_weights_that_are_missing_are_initialized_as_the_host_does(saved: Saved, tmp_path: Path) -> None:
     """A head that the checkpoint lacks: random in the host too, so only the report and everything else are compared."""
-    folder = _copy(saved("llama"), tmp_path)
+    folder = copy_folder(saved("llama"), tmp_path)
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
     tensors["nobody.knows.this"] = torch.zeros(3)
@@ -134,14 +134,14 @@ def test_mismatched_head_is_made_anew_where_the_user_says_so(saved: Saved, tmp_p
 
 
 def test_mismatched_head_is_the_hosts_error_otherwise(saved: Saved) -> None:
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         tf.ViTForImageClassification.from_pretrained(saved("vit"), num_labels=7)
-    with pytest.raises(RuntimeError, match="size mismatch|mismatched"):
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         tf.ViTForImageClassification.from_pretrained(saved("vit"), num_labels=7, overflow=True)
 
 
 def test_subfolder(saved: Saved, tmp_path: Path) -> None:
-    _copy(saved("llama"), tmp_path / "inner")
+    copy_folder(saved("llama"), tmp_path / "inner")
     _check(tf.AutoModelForCausalLM, tmp_path, subfolder="inner")
 
 
@@ -210,7 +210,7 @@ def test_save_pretrained_of_a_managed_model_writes_the_true_weights(name: str, s
 
 def test_save_pretrained_over_the_models_own_folder(saved: Saved, tmp_path: Path) -> None:
     """The weights are mapped from the files that are being replaced."""
-    folder = _copy(saved("llama"), tmp_path)
+    folder = copy_folder(saved("llama"), tmp_path)
     theirs = tf.LlamaForCausalLM.from_pretrained(saved("llama"))
     model = tf.LlamaForCausalLM.from_pretrained(folder, overflow=smallest(folder))
     model.save_pretrained(folder)
@@ -230,8 +230,20 @@ def test_load_warns_of_nothing_new(saved: Saved) -> None:
     assert {str(w.message) for w in ours} <= {str(w.message) for w in theirs}
 
 
-def _copy(folder: Path, target: Path) -> Path:
-    target.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
+def test_repository_in_the_hubs_cache(saved: Saved, tmp_path: Path) -> None:
+    """As huggingface_hub lays it out: blobs, and a snapshot of links to them."""
+    repository = tmp_path / "models--owner--name"
+    copy_folder(saved("llama"), repository / "blobs")
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for blob in (repository / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    limits = smallest(saved("llama"))
+    model = tf.AutoModelForCausalLM.from_pretrained("owner/name", overflow=limits, **options)
+    attached = overflowml.attachment(model)
+    assert attached is not None
+    assert attached.plan.fingerprint == overflowml.plan(saved("llama"), overflow=limits).fingerprint
+    assert_same(models.call("llama", model), models.call("llama", tf.AutoModelForCausalLM.from_pretrained("owner/name", **options)))

@@ -1,4 +1,4 @@
-"""The ways to ask transformers for us: ``overflow=``, ``device_map=``, the environment, ``pipeline``; and what happens to those who do not ask."""
+"""The ways to ask transformers for us: the flag, a device map, the environment, ``pipeline``; and what happens to those who do not ask."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def test_environment_fills_what_the_call_leaves_open(saved: Saved, monkeypatch: 
     assert plan.phases[0].activation_bytes == 10**6
     plan = _plan_of(tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow="3GB"))
     assert plan.budget.device_bytes == 3 * 10**9
+    monkeypatch.setenv(environment.DEVICE_MEMORY, "lots")
     with pytest.raises(BadSize, match="lots"):
-        monkeypatch.setenv(environment.DEVICE_MEMORY, "lots")
         tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=True)
 
 
@@ -183,13 +183,32 @@ def test_model_cannot_be_managed_twice(saved: Saved) -> None:
     assert overflowml.manage(model, smallest(model)) is overflowml.attachment(model)
 
 
+def test_part_of_a_managed_model_is_found_in_a_larger_one(saved: Saved) -> None:
+    model = tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=smallest(saved("llama")))
+    with pytest.raises(OverflowmlError, match=r"model\.0 is managed by overflowml already"):
+        overflowml.manage(torch.nn.Sequential(model), True)
+    assert overflowml.release(model)
+
+
+def test_weights_cannot_be_written_into_a_managed_model(saved: Saved) -> None:
+    """Streamed blocks are read from their files, so new values would be lost without a word."""
+    model = tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=smallest(saved("llama")))
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    with pytest.raises(Managed, match="load_state_dict"):
+        model.load_state_dict(other)
+    overflowml.release(model)
+    model.load_state_dict(other)
+    assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
+
+
 # ---- pipeline
 
 
 @pytest.fixture(scope="session")
 def chat_folder(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with a tokenizer of one token per word."""
-    from tokenizers import Tokenizer, models as kinds, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as kinds
 
     folder = tmp_path_factory.mktemp("chat")
     tf.AutoModelForCausalLM.from_pretrained(saved("llama")).save_pretrained(folder)
@@ -233,7 +252,7 @@ def test_pipeline_with_positional_model(chat_folder: Path) -> None:
     assert _plan_of(tf.pipeline("text-generation", str(chat_folder), overflow=_EXACT).model).strategy == "stream"
 
 
-def test_pipeline_of_a_path_object(chat_folder: Path) -> None:
+def test_pipeline_with_its_tokenizer_named(chat_folder: Path) -> None:
     pipe = tf.pipeline("text-generation", model=str(chat_folder), tokenizer=str(chat_folder), overflow=_EXACT)
     assert _plan_of(pipe.model).strategy == "stream"
 

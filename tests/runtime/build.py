@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,15 @@ class Job:
     def attach(self, folder: Path) -> Engine:
         return self.engine(folder).attach(self.modules, self.loading)
 
+    @contextlib.contextmanager
+    def attached(self, folder: Path) -> Iterator[Engine]:
+        """Attached for a while, whatever happens in it."""
+        engine = self.attach(folder)
+        try:
+            yield engine
+        finally:
+            engine.detach()
+
 
 def job(module: nn.Module | Mapping[str, nn.Module], device: Device | None = None, **options: Any) -> Job:
     modules = module if isinstance(module, Mapping) else {"model": module}
@@ -160,8 +171,6 @@ def origins(path: Path) -> dict[str, Origin]:
 
 def on_meta(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Loading]:
     """An unread twin of a module, with the file as the origin of its weights; ``dtype`` is what it shall be used in."""
-    import copy
-
     twin = copy.deepcopy(module)
     loading, known = Loading(Limits()), origins(path)
     tied: dict[int, nn.Parameter] = {}
@@ -198,6 +207,19 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
     return left.dtype == right.dtype and left.shape == right.shape and raw(left) == raw(right)
 
 
+def settled(engine: Engine) -> None:
+    """Wait until the reader threads have handed over all copies that were asked for."""
+    for phase in engine._phases:
+        for slot in phase.streamer._slots:
+            assert slot.request is None or slot.request.issued.wait(TIMEOUT_S)
+
+
+def twice(work: Callable[[], object]) -> None:
+    """The first call after a fault may still find in its slots what it needs, or meet the error of a prefetch."""
+    work()
+    work()
+
+
 def in_threads(count: int, work: Callable[[int], None]) -> None:
     """Run work in several threads at once; a thread that does not end is a failure, and so is one that raises."""
     errors: list[BaseException] = []
@@ -207,7 +229,7 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         try:
             barrier.wait(TIMEOUT_S)
             work(index)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 -- raised in the test's own thread
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.runtime.build import virtual
 from tests.vdevice import Config, SimDevice, install
 
 
-@dataclass
+@dataclasses.dataclass
 class Virtual:
     """The simulated machine and the runtime's view of it. Bytes are counted from where the test began."""
 
@@ -35,17 +35,20 @@ class Virtual:
         return self.sim.pinned_bytes - self.base_pinned_bytes
 
     def reset(self, **settings: object) -> None:
-        """The same device with other settings; time and counts from zero."""
+        """The same device with other settings; time and counts from zero. No reader thread may be at work: see ``settled``."""
         install(Config(**{"align_bytes": 256, "hazards": "raise", **settings}))  # type: ignore[arg-type]
 
     def limit(self, budget_bytes: int) -> None:
-        """From now on one byte more than this is out of memory."""
-        self.reset(budget_bytes=self.base_bytes + budget_bytes)
+        """From now on one byte more than this is out of memory, and the peak is that from now on."""
+        with self.sim.lock:
+            self.sim.config = dataclasses.replace(self.sim.config, budget_bytes=self.base_bytes + budget_bytes)
+            self.sim.peak_bytes = self.sim.allocated_bytes
 
 
 @pytest.fixture
 def vgpu() -> Iterator[Virtual]:
     """A virtual accelerator that starts clean and is checked for hazards at the end. It stays installed in the process."""
+    install().synchronize()
     gc.collect()
     sim = install(Config(align_bytes=256, hazards="raise"))
     yield Virtual(sim, virtual(), sim.allocated_bytes, sim.pinned_bytes)

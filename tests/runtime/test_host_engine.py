@@ -48,7 +48,7 @@ BUILDERS = {
 
 
 def unread(module: nn.Module, folder: Path, dtype: torch.dtype | None = None):
-    path = save({n: p for n, p in module.named_parameters(remove_duplicate=True)}, folder / "model.safetensors")
+    path = save(dict(module.named_parameters()), folder / "model.safetensors")
     return on_meta(module, path, dtype)
 
 
@@ -265,6 +265,24 @@ def test_a_file_that_changed_before_attaching_is_a_fault_and_leaves_the_model_un
     path.write_bytes(content)
     engine = task.attach(tmp_path / "store")
     assert same(run(twin), run(module))
+    engine.detach()
+
+
+def test_an_attachment_that_fails_at_the_last_block_can_be_repeated(tmp_path: Path) -> None:
+    module = stack(4, 64)
+    twin, loading = unread(module, tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    task = job(twin, loading=loading)
+    os.truncate(path, len(content) - 1)
+    with pytest.raises(ReadFault):
+        task.attach(tmp_path / "store")
+    assert task.device.arenas.held_bytes == 0
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+    with path.open("r+b") as file:
+        file.write(content)
+    engine = task.attach(tmp_path / "store")
+    assert same(twin(rows(64)), module(rows(64)))
     engine.detach()
 
 

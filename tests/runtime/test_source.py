@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overflowml_core.errors import OverflowmlError, ReadFault
+from overflowml_core.loading import Origin
 from overflowml_core.runtime.homes import FileMaps
 from overflowml_core.runtime.slab import Entry, lay_out
 from overflowml_core.runtime.source import FileReader, Piece, cut, pieces_of, stored_as_is, windows
@@ -133,6 +134,17 @@ def test_an_open_reader_is_indifferent_to_renames(data: Path) -> None:
     assert buffer.tolist() == [4, 5, 6, 7]
 
 
+def test_a_file_that_is_held_is_read_as_it_was_even_if_nothing_was_read_before(data: Path, tmp_path: Path) -> None:
+    buffer = torch.zeros(4, dtype=torch.uint8)
+    with FileReader() as reader:
+        reader.hold([Piece(data, 0, 0, 4)])
+        other = tmp_path / "other"
+        other.write_bytes(b"other")
+        os.replace(other, data)
+        reader.read([Piece(data, 4, 0, 4)], buffer)
+    assert buffer.tolist() == [4, 5, 6, 7]
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
@@ -177,8 +189,6 @@ def test_mapped_weights_are_aligned_to_their_elements(shift: int, tmp_path: Path
 
 
 def entry_at(path: Path, offset: int, values: torch.Tensor) -> Entry:
-    from overflowml_core.loading import Origin
-
     parameter = torch.nn.Parameter(values)
     origin = Origin(path, offset, values.nbytes, "F32", tuple(values.shape))
     return Entry(Weight("w", parameter, ()), 0, values.nbytes, tuple(values.shape), values.stride(), values.dtype, origin)
@@ -249,7 +259,7 @@ def test_windows_of_pieces_cover_each_byte_once(laid: tuple[list[Piece], int], s
         last = min(first + step, end)
         for part in cut(pieces, first, last):
             assert part.nbytes > 0
-            assert 0 <= part.buffer_offset
+            assert part.buffer_offset >= 0
             assert part.buffer_offset + part.nbytes <= last - first
             for i in range(part.nbytes):
                 place = first + part.buffer_offset + i
