@@ -6,20 +6,23 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from overflowml_core.errors import PlanMismatch
+from overflowml_core.errors import PlanMismatch, Unsupported
 from overflowml_core.facts import Network, Tier
 from overflowml_core.loading import Loading
 from overflowml_core.plan import Estimate, PhasePlan, Placement, Plan
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
 from overflowml_core.runtime.gradients import refuse_gradients, without_gradient
+from overflowml_core.runtime.guards import guard_parts
 from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk
+from overflowml_core.runtime.recast import Cast, cast_phase, check_room
 from overflowml_core.runtime.slab import Slab, lay_out
 from overflowml_core.runtime.source import FileReader, stored_as_is
 from overflowml_core.runtime.store import PackedStore
@@ -43,6 +46,7 @@ class _Phase:
     arenas: list[torch.Tensor] = field(default_factory=list)
     buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Pairs of a buffer on the device and the one that it stands for."""
+    casts: dict[torch.dtype, Cast] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -159,6 +163,32 @@ class Engine:
             if component in phase.plan.components and self._active is not phase:
                 self._activate(phase)
 
+    def recast(self, component: str, dtype: torch.dtype) -> None:
+        """Have a component that runs alone in its phase compute in another dtype from now on. Its first cast is kept for the next time.
+
+        Raises:
+            DoesNotFit: in that dtype it is over the budget; it stays as it was.
+            Unsupported: it shares its phase, or its weights have no home outside the device.
+        """
+        phase = next((phase for phase in self._phases if phase.plan.components == (component,)), None)
+        if phase is None:
+            raise Unsupported(f"{component}: a cast to {dtype} while it shares the device with other components; load it in {dtype}")
+        with self._switch, torch.inference_mode(False), torch.no_grad():
+            present = Cast(tuple(phase.residents), phase.streamer.homes)
+            cast = phase.casts.get(dtype) or cast_phase(present, dtype, self.device, self._packed_store)
+            check_room(cast, phase.plan, self.plan.budget.device_bytes, dtype)
+            phase.casts[dtype] = cast
+            if self._active is phase:
+                self._deactivate()
+            phase.residents = list(cast.residents)
+            phase.streamer = Streamer(self.device, self._feeder, cast.streamed, phase.plan.slot_count, cast.slot_bytes)
+            for home in (*cast.residents, *cast.streamed):
+                home.slab.install(home.parameters)
+            for owner, buffer in _buffers_of(phase.modules):
+                if buffer.is_floating_point() and buffer.dtype is not dtype:
+                    self._undo.append(partial(owner.module._buffers.__setitem__, owner.attribute, buffer))
+                    owner.module._buffers[owner.attribute] = buffer.to(dtype)
+
     def _activate(self, phase: _Phase) -> None:
         """Make a phase the one on the device. Whatever fails, no phase is half there."""
         with self._switch, torch.inference_mode(False), torch.no_grad():
@@ -239,6 +269,7 @@ class Engine:
         for name, module in modules.items():
             self._hooks.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
             self._undo.append(without_gradient(module))
+            self._undo.append(guard_parts(module, name))
             if taking_turns:
                 # Pipelines also call parts of a component by themselves (vae.decode, text_model.final_layer_norm).
                 for part in _direct_owners(structures[name]):
@@ -246,16 +277,16 @@ class Engine:
                         self._hooks.append(part.register_forward_pre_hook(ensure, prepend=True))
 
     def _hook_block(self, phase: _Phase, k: int, module: nn.Module) -> None:
-        streamer = phase.streamer
+        # Through the phase, which has another streamer after a cast.
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._active is not phase:
                 self._activate(phase)
             refuse_gradients(module, args, kwargs)
-            streamer.wait(k)
+            phase.streamer.wait(k)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            streamer.release(k)
+            phase.streamer.release(k)
 
         self._hooks.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
         self._hooks.append(module.register_forward_hook(after, always_call=True))

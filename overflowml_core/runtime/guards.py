@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+from torch import nn
+
 from overflowml_core.errors import Managed
 
 MODULE_MOVES = ("to", "cuda", "cpu", "xpu", "half", "float", "double", "bfloat16", "to_empty", "type")
@@ -39,6 +41,41 @@ def guard(target: object, methods: Iterable[str], what: str) -> Callable[[], Non
                 namespace.pop(name, None)
 
     return unguard
+
+
+def guard_parts(module: nn.Module, name: str) -> Callable[[], None]:
+    """Let every move or cast of a part of a module (``model.model.half()``), and every copy or pickle of it, raise :class:`Managed`.
+
+    Args:
+        module: whose parts, itself included.
+        name: what the module is called, for the message.
+
+    Returns:
+        A function that takes the guards off again.
+    """
+    guarded: list[dict[str, Any]] = []
+    for path, part in module.named_modules():
+        namespace = vars(part)
+        if "_apply" not in namespace:
+            # What to, half, cuda and the like all come down to.
+            namespace["_apply"] = _refuse_all(f"a move or cast of {name}.{path}" if path else f"a move or cast of {name}")
+            guarded.append(namespace)
+    # Asked by copy.deepcopy and by pickle, of the instance.
+    vars(module)["__reduce_ex__"] = _refuse_all(f"a copy or pickle of {name}")
+
+    def unguard() -> None:
+        for namespace in guarded:
+            namespace.pop("_apply", None)
+        vars(module).pop("__reduce_ex__", None)
+
+    return unguard
+
+
+def _refuse_all(call: str) -> Callable[..., NoReturn]:
+    def refuse(*args: object, **kwargs: object) -> NoReturn:
+        raise Managed("model", call)
+
+    return refuse
 
 
 def _refusal(what: str, name: str) -> Callable[..., NoReturn]:

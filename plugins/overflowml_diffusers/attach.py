@@ -62,7 +62,7 @@ def after_attach(target: Any, attachment: Any) -> None:
     device = attachment.device.torch_device
     for name, module in ordered_modules(target).items():
         attachment.on_detach(_place(module, Placement(device, partial(attachment.enter, name))))
-        attachment.on_detach(_guard_component(module, device))
+        attachment.on_detach(_guard_component(module, device, partial(attachment.recast, name)))
     attachment.on_detach(guard(target, PIPELINE_MOVES, "pipeline"))
 
 
@@ -80,16 +80,20 @@ def _place(module: Any, placement: Placement) -> Callable[[], None]:
     return undo
 
 
-def _guard_component(module: Any, device: torch.device) -> Callable[[], None]:
-    """Guard a component, but let pipelines ask it to be where and what it is: many say ``self.vae.to(device)`` to be sure."""
+def _guard_component(module: Any, device: torch.device, recast: Callable[[torch.dtype], None]) -> Callable[[], None]:
+    """Guard a component, but let pipelines ask it to be where it is (many say ``self.vae.to(device)`` to be sure) and to compute in
+    another dtype (SDXL's decode their float16 VAE in float32, and cast it back)."""
     unguard = guard(module, MODEL_MOVES, "pipeline")
     refuse = vars(module)["to"]
 
     def to(*args: Any, **kwargs: Any) -> Any:
         wanted_device, wanted_dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         same_device = wanted_device is None or wanted_device.type == device.type
-        same_dtype = wanted_dtype is None or all(p.dtype == wanted_dtype for p in module.parameters() if p.is_floating_point())
-        return module if same_device and same_dtype else refuse(*args, **kwargs)
+        if not same_device:
+            return refuse(*args, **kwargs)
+        if wanted_dtype is not None and any(p.dtype != wanted_dtype for p in module.parameters() if p.is_floating_point()):
+            recast(wanted_dtype)
+        return module
 
     vars(module)["to"] = to
     return unguard

@@ -104,6 +104,9 @@ def estimate_activation_bytes(module: Any, workload: Workload) -> int:
     channels = getattr(config, "block_out_channels", None) or getattr(config, "encoder_block_out_channels", None)
     if "Autoencoder" in kind or "VAE" in kind or kind == "VQModel":
         first = channels[0] if channels else first_int(config, "base_dim", "decoder_base_dim", "dim", default=128)
+        if element == 2 and getattr(config, "force_upcast", False) and str(getattr(parameter, "dtype", "")) == "torch.float16":
+            # Decoded in float32, weights and all.
+            return decoder_bytes(int(first), workload, 4) + 2 * int(sum(p.numel() for p in module.parameters()))
         return decoder_bytes(int(first), workload, element)
     if ("UNet" in kind or "ControlNet" in kind) and channels:
         return unet_bytes(int(channels[0]), workload, element)

@@ -105,6 +105,10 @@ class Job:
         if self.tier == "disk":
             # Just the ring: two of the largest block, so that no block finds room in RAM.
             host = 2 * max((b.slab_bytes for c in self.network.components for b in c.blocks), default=0)
+        if self.tier == "mixed":
+            # The ring, and room for about half of the blocks.
+            blocks = [b.slab_bytes for c in self.network.components for b in c.blocks]
+            host = 2 * max(blocks) + sum(blocks) // 2
         self.machine = machine(self.device, host, pinnable)
         self._host_bytes = None if self.device.on_host else host
 

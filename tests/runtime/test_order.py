@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from overflowml_core.errors import Unsupported
+from overflowml_core.facts import Tier
 from overflowml_core.runtime.device import Device, HostDevice
 from tests.runtime.build import TIMEOUT_S, Stack, in_threads, job, rows, same, slots_budget, snapshot, stack
 from tests.runtime.conftest import Virtual
@@ -85,6 +88,30 @@ def test_any_sequence_of_orders(tmp_path: Path, vgpu: Virtual, orders: list[list
             assert same(call(module, rows()), right)
     finally:
         engine.detach()
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_blocks_from_ram_and_from_a_slow_disk_may_follow_each_other_in_any_order(
+    slots: int, tmp_path: Path, vgpu: Virtual, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy from RAM is quick: it must not slip into a slot before the end of a read that was meant for the same one."""
+    module = stack(8, 16)
+    choose = random.Random(0)
+    orders = [[choose.randrange(8) for _ in range(6)] for _ in range(12)]
+    expected = [reference(module, order, vgpu.device) for order in orders]
+    with job(module, vgpu.device, budget_bytes=slots_budget(module, slots), tier="mixed").attached(tmp_path) as engine:
+        assert {p.home for p in engine.plan.phases[0].streamed} == {Tier.PINNED, Tier.DISK}
+        read = engine._reader.read
+
+        def slowly(*args: object) -> None:
+            time.sleep(2e-3)
+            read(*args)
+            time.sleep(2e-3)
+
+        monkeypatch.setattr(engine._reader, "read", slowly)
+        for order, right in zip(orders, expected, strict=True):
+            module.order = order
+            assert same(call(module, rows()), right), order
 
 
 def test_blocks_called_by_themselves_are_right(place: tuple[Device, str], tmp_path: Path) -> None:

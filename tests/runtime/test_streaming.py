@@ -77,7 +77,7 @@ def test_host_memory_is_what_the_plan_says(tier: str, tmp_path: Path, vgpu: Virt
 def cases(draw: st.DrawFn) -> tuple[list[int], str, float, bool, list[int]]:
     hidden = draw(st.lists(st.sampled_from([8, 8, 24, 40]), min_size=2, max_size=7))
     order = draw(st.lists(st.integers(0, len(hidden) - 1), min_size=1, max_size=8))
-    return hidden, draw(st.sampled_from(TIERS)), draw(st.floats(0, 1)), draw(st.booleans()), order
+    return hidden, draw(st.sampled_from([*TIERS, "mixed"])), draw(st.floats(0, 1)), draw(st.booleans()), order
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
