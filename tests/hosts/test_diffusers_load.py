@@ -291,12 +291,11 @@ def test_vae_with_tiling_and_slicing(saved_pipeline: Saved) -> None:
         lambda p: p.enable_group_offload(onload_device=torch.device("cpu")),
         lambda p: p.remove_all_hooks(),
         lambda p: p.reset_device_map(),
-        lambda p: p.transformer.to(torch.float16),
         lambda p: p.transformer.half(),
-        lambda p: p.vae.to(dtype=torch.float64),
         lambda p: p.transformer.enable_group_offload(onload_device=torch.device("cpu")),
         lambda p: p.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn),
         lambda p: p.text_encoder.to("meta"),
+        lambda p: p.vae.to("meta", torch.float64),
         lambda p: p.vae.load_state_dict(p.vae.state_dict()),
     ],
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
-import random
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,10 @@ from torch import nn
 
 from overflowml_core.errors import Unsupported
 from overflowml_core.facts import Tier
+from overflowml_core.runtime import streamer
 from overflowml_core.runtime.device import Device, HostDevice
-from tests.runtime.build import TIMEOUT_S, Stack, in_threads, job, rows, same, slots_budget, snapshot, stack
+from overflowml_core.runtime.engine import Engine
+from tests.runtime.build import TIMEOUT_S, Stack, in_threads, job, rows, same, settled, slots_budget, snapshot, stack
 from tests.runtime.conftest import Virtual
 from tests.runtime.test_streaming import call, on_device
 
@@ -90,28 +93,61 @@ def test_any_sequence_of_orders(tmp_path: Path, vgpu: Virtual, orders: list[list
         engine.detach()
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-def test_blocks_from_ram_and_from_a_slow_disk_may_follow_each_other_in_any_order(
-    slots: int, tmp_path: Path, vgpu: Virtual, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A copy from RAM is quick: it must not slip into a slot before the end of a read that was meant for the same one."""
-    module = stack(8, 16)
-    choose = random.Random(0)
-    orders = [[choose.randrange(8) for _ in range(6)] for _ in range(12)]
-    expected = [reference(module, order, vgpu.device) for order in orders]
-    with job(module, vgpu.device, budget_bytes=slots_budget(module, slots), tier="mixed").attached(tmp_path) as engine:
-        assert {p.home for p in engine.plan.phases[0].streamed} == {Tier.PINNED, Tier.DISK}
-        read = engine._reader.read
+@contextlib.contextmanager
+def homes(module: Stack, slots: int, tiers: list[Tier], vgpu: Virtual, folder: Path) -> Iterator[tuple[Engine, threading.Event]]:
+    """A stack with a home per block, and an event without which nothing is read."""
+    task = job(module, vgpu.device, budget_bytes=slots_budget(module, slots), tier="disk")
+    plan = task.plan()
+    placements = tuple(dataclasses.replace(p, tier=tier, home=tier) for p, tier in zip(plan.phases[0].placements, tiers, strict=True))
+    phase = dataclasses.replace(plan.phases[0], placements=placements)
+    engine, gate = task.engine(folder, dataclasses.replace(plan, phases=(phase,), fingerprint="")), threading.Event()
+    gate.set()
+    read = engine._reader.read
 
-        def slowly(*args: object) -> None:
-            time.sleep(2e-3)
-            read(*args)
-            time.sleep(2e-3)
+    def gated(*args: object) -> None:
+        assert gate.wait(TIMEOUT_S)
+        read(*args)
 
-        monkeypatch.setattr(engine._reader, "read", slowly)
-        for order, right in zip(orders, expected, strict=True):
-            module.order = order
-            assert same(call(module, rows()), right), order
+    engine._reader.read = gated
+    engine.attach(task.modules, None)
+    try:
+        settled(engine)
+        yield engine, gate
+    finally:
+        gate.set()
+        engine.detach()
+
+
+def test_a_copy_from_ram_waits_for_a_read_under_way_into_its_slot(tmp_path: Path, vgpu: Virtual) -> None:
+    module = stack(3, 16)
+    expected = [on_device(b, rows()) for b in module.blocks]
+    with homes(module, 1, [Tier.PINNED, Tier.DISK, Tier.PINNED], vgpu, tmp_path) as (_, gate):
+        gate.clear()
+        assert same(call(module.blocks[0], rows()), expected[0])  # and asks for block 1
+        opens = threading.Timer(0.05, gate.set)
+        opens.start()
+        assert same(call(module.blocks[2], rows()), expected[2])
+        opens.join()
+        time.sleep(0.05)
+        for k in (0, 1):
+            assert same(call(module.blocks[k], rows()), expected[k])
+
+
+def test_nothing_is_prefetched_into_a_slot_that_a_read_is_under_way_to(tmp_path: Path, vgpu: Virtual) -> None:
+    """The copy from RAM would be overtaken by the read that was asked for before it."""
+    module = stack(4, 16)
+    expected = [on_device(b, rows()) for b in module.blocks]
+    with homes(module, 2, [Tier.PINNED, Tier.PINNED, Tier.PINNED, Tier.DISK], vgpu, tmp_path) as (engine, gate):
+        successor = engine._phases[0].streamer._successor
+        gate.clear()
+        for foreseen in (3, 1):
+            successor[0] = foreseen
+            assert same(call(module.blocks[0], rows()), expected[0])
+        gate.set()
+        settled(engine)
+        time.sleep(0.05)
+        for k in (1, 3, 1):
+            assert same(call(module.blocks[k], rows()), expected[k])
 
 
 def test_blocks_called_by_themselves_are_right(place: tuple[Device, str], tmp_path: Path) -> None:
@@ -128,7 +164,11 @@ def test_blocks_called_by_themselves_are_right(place: tuple[Device, str], tmp_pa
 
 @pytest.mark.parametrize("threads", [2, 4])
 @pytest.mark.parametrize("slots", [1, 2])
-def test_threads_share_a_model(threads: int, slots: int, place: tuple[Device, str], tmp_path: Path) -> None:
+def test_threads_share_a_model(
+    threads: int, slots: int, place: tuple[Device, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Who leaves a slot tells those that wait for it; looking after the dead is not what makes them go on.
+    monkeypatch.setattr(streamer, "_LOOK_AGAIN_S", 2 * TIMEOUT_S)
     device, tier = place
     module = stack(COUNT, 16, ends=True)
     inputs = [rows(seed=i) for i in range(threads)]
@@ -143,7 +183,8 @@ def test_threads_share_a_model(threads: int, slots: int, place: tuple[Device, st
         assert same(run(module, device, inputs[0]), expected[0])
 
 
-def test_threads_that_fail_leave_the_others_alone(place: tuple[Device, str], tmp_path: Path) -> None:
+def test_threads_that_fail_leave_the_others_alone(place: tuple[Device, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamer, "_LOOK_AGAIN_S", 2 * TIMEOUT_S)
     device, tier = place
     module = stack(COUNT, 16, ends=True)
     expected = run_plain(module, device)
