@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -23,9 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(scope="session")
+def _cache_of_all_tests() -> Iterator[str]:
+    # Not pytest's own folder, which keeps those of the last runs: the demo writes gigabytes.
+    with tempfile.TemporaryDirectory(prefix="overflowml-tests-") as folder:
+        yield folder
+
+
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_environment(monkeypatch: pytest.MonkeyPatch, _cache_of_all_tests: str) -> None:
     """No test sees the user's variables, and none writes into the user's cache folder."""
     for name in ("DISABLE", "DISABLE_PLUGINS", "DEVICE_MEMORY", "HOST_MEMORY", "RESERVE"):
         monkeypatch.delenv(f"OVERFLOWML_{name}", raising=False)
-    monkeypatch.setenv("OVERFLOWML_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("OVERFLOWML_CACHE", _cache_of_all_tests)
