@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from overflowml_core.facts import Limits, Machine, Workload
-from overflowml_core.units import format_bytes
+from overflowml_core.facts import Bytes, Limits, Machine, Workload
+from overflowml_core.units import format_bytes, parse_bytes
 
 _JSON = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 _SIZE = "a size such as 8GB or 512MiB"
@@ -31,11 +31,15 @@ def plan(
     """Show where every weight of a model would live, before anything is loaded."""
     import overflowml
 
-    limits = Limits(device_memory=vram, host_memory=ram, reserve=reserve)
+    limits = Limits(device_memory=_size(vram, "--vram"), host_memory=_size(ram, "--ram"), reserve=_size(reserve, "--reserve"))
     workload = Workload(height=height, width=width, prompt_tokens=prompt_tokens, batch=batch)
     options = {} if dtype is None else {"torch_dtype": _torch_dtype(dtype)}
     made = overflowml.plan(Path(source), limits, workload, **options)
     typer.echo(made.to_json() if as_json else made.summary())
+
+
+def _size(text: str | None, option: str) -> int | None:
+    return None if text is None else Bytes(parse_bytes(text, option))
 
 
 def _torch_dtype(name: str) -> Any:
