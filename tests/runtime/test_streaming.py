@@ -105,7 +105,7 @@ def test_any_stack_any_budget_any_order(tmp_path: Path, vgpu: Virtual, case: tup
     assert (vgpu.taken_bytes, vgpu.pinned_bytes) == (0, 0)
 
 
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("tier", ["pinned", "disk"])
 @pytest.mark.parametrize("name", ["llama", "t5", "clip", "flux", "unet", "vae"])
 def test_real_models_compute_the_same_when_streamed(name: str, tier: str, tmp_path: Path, vgpu: Virtual) -> None:
     build = {
