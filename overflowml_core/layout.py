@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-SLAB_ALIGNMENT_BYTES = 256
-"""Start of every tensor in a slab. CUDA's own allocations are aligned to 256 bytes (CUDA C programming guide, "Device memory
-accesses"), so that kernels see in a slab what they see in a tensor of their own; a CPU cache line is 64."""
+SLAB_ALIGNMENT_BYTES = 512
+"""Start of every tensor in a slab, and granularity of its size: what torch's CUDA caching allocator hands out (kMinBlockSize), so that
+kernels see in a slab what they see in a tensor of their own, and the plan counts what the allocator counts."""
 
 
 def align(nbytes: int) -> int:

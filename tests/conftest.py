@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -33,8 +34,17 @@ def _cache_of_all_tests() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch, _cache_of_all_tests: str) -> None:
+def _own_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _cache_of_all_tests: str) -> None:
     """No test sees the user's variables, and none writes into the user's cache folder."""
     for name in ("DISABLE", "DISABLE_PLUGINS", "DEVICE_MEMORY", "HOST_MEMORY", "RESERVE"):
         monkeypatch.delenv(f"OVERFLOWML_{name}", raising=False)
     monkeypatch.setenv("OVERFLOWML_CACHE", _cache_of_all_tests)
+    if "vdevice" not in request.node.path.parts and "runtime" not in request.node.path.parts:
+        _hide_virtual_accelerator(monkeypatch)
+
+
+def _hide_virtual_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once installed it stays in the process; whoever did not ask for it sees a machine without one."""
+    virtual = getattr(sys.modules.get("torch"), "vgpu", None)
+    if virtual is not None:
+        monkeypatch.setattr(virtual, "is_available", lambda: False)

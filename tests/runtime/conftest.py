@@ -36,7 +36,7 @@ class Virtual:
 
     def reset(self, **settings: object) -> None:
         """The same device with other settings; time and counts from zero. No reader thread may be at work: see ``settled``."""
-        install(Config(**{"align_bytes": 256, "hazards": "raise", **settings}))  # type: ignore[arg-type]
+        install(Config(**{"align_bytes": 512, "hazards": "raise", **settings}))  # type: ignore[arg-type]
 
     def limit(self, budget_bytes: int) -> None:
         """From now on one byte more than this is out of memory, and the peak is that from now on."""
@@ -51,7 +51,7 @@ def vgpu() -> Iterator[Virtual]:
     install().synchronize()
     gc.collect()
     gc.freeze()  # what lives now is mostly torch itself; looking through it again at every collection takes longer than the tests
-    sim = install(Config(align_bytes=256, hazards="raise"))
+    sim = install(Config(align_bytes=512, hazards="raise"))
     yield Virtual(sim, virtual(), sim.allocated_bytes, sim.pinned_bytes)
     assert sim.hazards == []
     install()

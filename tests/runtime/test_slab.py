@@ -74,8 +74,8 @@ def test_tensors_with_gaps_or_repeats_become_contiguous() -> None:
 def test_weights_start_on_aligned_bytes_and_do_not_overlap() -> None:
     module = holder(torch.ones(1, dtype=torch.uint8), torch.ones(300, dtype=torch.uint8), torch.ones(0), torch.tensor(1.0))
     slab = lay_out(dissect(module).fixed, None)
-    assert [e.offset_bytes for e in slab.entries] == [0, 256, 768, 768]
-    assert slab.nbytes == 1024
+    assert [e.offset_bytes for e in slab.entries] == [0, 512, 1024, 1024]
+    assert slab.nbytes == 1536
     assert all(e.offset_bytes % SLAB_ALIGNMENT_BYTES == 0 for e in slab.entries)
 
 

@@ -279,7 +279,7 @@ def test_stretches_hold_whole_weights_in_order_and_no_more_than_asked(sizes: lis
     entries, end = [], 0
     for size in sizes:
         entries.append(_Sized(end, size))
-        end += -(-size // 256) * 256
+        end += -(-size // 512) * 512
     stretches = list(windows(entries, limit))  # type: ignore[arg-type]
     assert [e for _, _, part in stretches for e in part] == entries
     for first, last, part in stretches:

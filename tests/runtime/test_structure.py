@@ -178,7 +178,7 @@ def test_described_bytes_are_those_of_the_slabs(build) -> None:
     slabs = [lay_out(unit, None) for unit in structure.blocks]
     assert [block.slab_bytes for block in component.blocks] == [slab.nbytes for slab in slabs]
     fixed = lay_out(structure.fixed, None).nbytes
-    buffers = sum(-(-b.nbytes // 256) * 256 for b in module.buffers())
+    buffers = sum(-(-b.nbytes // 512) * 512 for b in module.buffers())
     assert component.resident_bytes == fixed + buffers
     covered = {id(w.parameter) for unit in structure.units for w in unit.weights}
     assert covered == {id(p) for p in module.parameters()}
