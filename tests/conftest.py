@@ -8,6 +8,11 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
+
+# Machines are shared: no test fails because it was slow once.
+settings.register_profile("overflowml", deadline=None)
+settings.load_profile("overflowml")
 
 
 def _has_cuda() -> bool:
