@@ -234,20 +234,19 @@ def test_a_thread_that_died_inside_a_block_does_not_block_the_others(place: tupl
 # ---- errors in the middle
 
 
-@pytest.mark.parametrize(
-    "fault", [ValueError("in the middle"), torch.OutOfMemoryError("in the middle"), KeyboardInterrupt(), SystemExit()], ids=repr
-)
+@pytest.mark.parametrize("kind", [ValueError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("slots", [1, 2])
 def test_after_an_error_in_any_block_the_next_call_is_right(
-    fault: BaseException, slots: int, place: tuple[Device, str], tmp_path: Path
+    kind: type[BaseException], slots: int, place: tuple[Device, str], tmp_path: Path
 ) -> None:
     device, tier = place
     module = stack(COUNT, 16, ends=True)
     expected, before = run_plain(module, device), snapshot(module)
     with job(module, device, budget_bytes=slots_budget(module, slots), tier=tier).attached(tmp_path):
         for k in range(COUNT):
-            module.blocks[k].fault = fault
-            with pytest.raises(type(fault)):
+            # Made here: an exception keeps the frames, and the tensors in them, that it went through.
+            module.blocks[k].fault = kind("in the middle")
+            with pytest.raises(kind):
                 run(module, device)
             module.blocks[k].fault = None
             assert same(run(module, device), expected), k
