@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from overflowml_core.errors import BadPlan
@@ -284,8 +284,3 @@ def held_bytes(plan: Plan) -> int:
         activations = max(phase.activation_bytes for phase in plan.phases)
         return sum(phase.device_bytes - phase.activation_bytes for phase in plan.phases) + activations
     return max(per_phase)
-
-
-def with_reasons(plan: Plan, *reasons: str) -> Plan:
-    """The same plan with more reasons; its fingerprint stays."""
-    return replace(plan, reasons=plan.reasons + reasons)

@@ -98,7 +98,7 @@ def home_on_disk(slab: Slab, reader: FileReader, maps: FileMaps, open_store: Cal
     piece = store.append(packed)
     if not slab.nbytes:
         return Home(slab, Tier.DISK, tuple(rehome(entry, entry.view(packed)) for entry in slab.entries))
-    mapped = torch.from_numpy(np.memmap(store.file, dtype=np.uint8, mode="c", offset=piece.file_offset, shape=(slab.nbytes,)))
+    mapped = store.mapped(piece)
     parameters = tuple(rehome(entry, entry.view(mapped)) for entry in slab.entries)
     return Home(slab, Tier.DISK, parameters, pieces=(piece,))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -61,7 +60,7 @@ def _cast_home(home: Home, dtype: torch.dtype, device: Device, open_store: Calla
         return Home(slab, home.tier, _stand_ins(slab.entries, buffer, home), host=buffer)
     store = open_store()
     piece = store.append(buffer)
-    mapped = torch.from_numpy(np.memmap(store.file, dtype=np.uint8, mode="c", offset=piece.file_offset, shape=(slab.nbytes,)))
+    mapped = store.mapped(piece)
     return Home(slab, home.tier, _stand_ins(slab.entries, mapped, home), pieces=(piece,))
 
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import torch
 
 from overflowml_core.errors import OverflowmlError
@@ -40,11 +41,6 @@ class PackedStore:
         """A name for messages and for the reader; the file itself has none."""
         self.nbytes = 0
 
-    @property
-    def file(self) -> IO[bytes]:
-        """The open file."""
-        return self._file
-
     def append(self, slab: torch.Tensor) -> Piece:
         """Write the bytes of a slab; returns where they are.
 
@@ -63,6 +59,10 @@ class PackedStore:
             ) from error
         self.nbytes += slab.numel()
         return piece
+
+    def mapped(self, piece: Piece) -> torch.Tensor:
+        """The bytes of a slab that was appended and is not empty, mapped copy-on-write: writing to them changes no file."""
+        return torch.from_numpy(np.memmap(self._file, dtype=np.uint8, mode="c", offset=piece.file_offset, shape=(piece.nbytes,)))
 
     def open_in(self, reader: FileReader) -> None:
         """Let a reader find the store under its path."""
