@@ -8,6 +8,7 @@ from overflowml_core.facts import Accelerator, Limits, Machine, Network, Workloa
 from overflowml_core.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from overflowml_core.formats import Format
     from overflowml_core.plan import Plan
 
 
@@ -40,11 +41,13 @@ def overflowml_describe(source: object, workload: Workload) -> Network | None:
 
 
 @hookimpl(trylast=True)
-def overflowml_plan(network: Network, machine: Machine, workload: Workload, limits: Limits) -> Plan:
+def overflowml_plan(
+    network: Network, machine: Machine, workload: Workload, limits: Limits, formats: tuple[Format, ...], abilities: frozenset[str]
+) -> Plan:
     """The planner of the core."""
     from overflowml_core.planner import make_plan
 
-    return make_plan(network, machine, workload, limits)
+    return make_plan(network, machine, workload, limits, formats, abilities)
 
 
 @hookimpl(trylast=True)

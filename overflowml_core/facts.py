@@ -1,4 +1,4 @@
-"""What is: networks, machines, workloads and limits, as frozen values. Knows nothing of how they were found."""
+"""What is: networks, workloads and limits, as frozen values (machines have a file of their own). Knows nothing of how they were found."""
 
 from __future__ import annotations
 
@@ -10,7 +10,34 @@ from enum import Enum
 from typing import Any
 
 from overflowml_core.errors import BadLimits
+from overflowml_core.machine import Accelerator, ComputeRate, HostMemory, Machine, Rates
 from overflowml_core.units import parse_bytes
+from overflowml_core.work import BlockWork, PassProfile, Variant, Work
+
+__all__ = [
+    "QUALITIES",
+    "Accelerator",
+    "Block",
+    "BlockWork",
+    "Bytes",
+    "Component",
+    "ComputeRate",
+    "Experts",
+    "HostMemory",
+    "Limits",
+    "Machine",
+    "Network",
+    "PassProfile",
+    "Rates",
+    "TensorFact",
+    "Tier",
+    "Variant",
+    "Work",
+    "Workload",
+    "digest",
+    "network_fingerprint",
+    "tensors_fingerprint",
+]
 
 
 class Tier(str, Enum):
@@ -39,6 +66,21 @@ class TensorFact:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """The routed experts of a block (a bank of feed-forward networks of which a token uses a few).
+
+    Attributes:
+        count: experts in the bank.
+        nbytes: bytes of one expert.
+        per_token: experts that a token is routed to.
+    """
+
+    count: int
+    nbytes: int
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """A part of a component that is moved as one: a transformer layer, a stage of a UNet.
 
@@ -48,10 +90,10 @@ class Block:
         stored_bytes: bytes of its tensors as they are loaded.
         slab_bytes: bytes of the flat buffer that holds them, alignment included.
         bytes_by_dtype: (dtype, bytes) pairs, sorted.
-        compute_flop: floating-point operations of one call, 0 where nobody measured.
-        activation_bytes: peak of what one call allocates, 0 where nobody measured.
         tied_to: name of the block whose tensors these are, where the same module is called twice.
         keep_format: never quantize.
+        linear_count: elements of the weights of linear layers, the only ones that formats convert.
+        experts: its routed experts, None in a dense block.
     """
 
     name: str
@@ -59,10 +101,10 @@ class Block:
     stored_bytes: int
     slab_bytes: int
     bytes_by_dtype: tuple[tuple[str, int], ...] = ()
-    compute_flop: int = 0
-    activation_bytes: int = 0
     tied_to: str | None = None
     keep_format: bool = False
+    linear_count: int = 0
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +120,11 @@ class Component:
         bytes_by_dtype: (dtype, bytes) pairs over all weights, tied ones once.
         phase: components of the same phase run interleaved and share the budget at the same time.
         passes: how often the component runs per unit of work (denoising steps, tokens).
-        activation_bytes: peak of activations and caches while it runs.
-        activation_source: "measured", "analytic" or "none".
+        activation_bytes: peak of activations and caches while it runs, over all of its passes.
+        activation_source: "traced" (the real code ran on fake tensors), "analytic" or "none".
         fingerprint: over names, shapes and dtypes of all tensors.
+        profiles: its passes at the workload, in the order in which they first happen; empty where nobody profiled it.
+        variants: ways of running it that take less memory, the least costly first.
     """
 
     name: str
@@ -94,6 +138,8 @@ class Component:
     activation_bytes: int = 0
     activation_source: str = "none"
     fingerprint: str = ""
+    profiles: tuple[PassProfile, ...] = ()
+    variants: tuple[Variant, ...] = ()
 
     @property
     def slab_bytes(self) -> int:
@@ -141,86 +187,6 @@ class Network:
 
 
 @dataclass(frozen=True, slots=True)
-class Accelerator:
-    """A device that computes.
-
-    Attributes:
-        kind: torch's device type ("cuda", "mps", "xpu", "cpu", or a virtual one).
-        name: as the driver names it.
-        index: among devices of its kind.
-        total_bytes: memory of the device.
-        free_bytes: what was free when it was detected.
-        unified: it computes in host memory, so nothing is gained by copying there.
-        backend: "cuda", "rocm", "mps", "xpu" or "cpu"; ROCm devices have the kind "cuda".
-    """
-
-    kind: str
-    name: str
-    index: int
-    total_bytes: int
-    free_bytes: int
-    unified: bool = False
-    backend: str = ""
-
-    @property
-    def torch_name(self) -> str:
-        """The string that ``torch.device`` takes."""
-        return self.kind if self.kind in ("cpu", "mps") else f"{self.kind}:{self.index}"
-
-
-@dataclass(frozen=True, slots=True)
-class HostMemory:
-    """RAM and cores as this process may use them (a container's limits, not the machine's).
-
-    Attributes:
-        total_bytes: memory limit.
-        available_bytes: what can be taken without swapping.
-        pinnable_bytes: what may be page-locked without starving the system.
-        core_count: cores that this process may run on.
-    """
-
-    total_bytes: int
-    available_bytes: int
-    pinnable_bytes: int
-    core_count: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Bytes per second between the tiers. ``measured`` is False where they are datasheet values."""
-
-    h2d_bytes_per_s: float
-    d2h_bytes_per_s: float
-    disk_bytes_per_s: float
-    measured: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the plan is made for. ``accelerators`` may be empty: then RAM under the budget is the compute tier."""
-
-    accelerators: tuple[Accelerator, ...]
-    host: HostMemory
-    rates: Rates
-    disk_free_bytes: int
-
-    @property
-    def compute(self) -> Accelerator:
-        """The device that runs the model: the first accelerator, else the CPU."""
-        if self.accelerators:
-            return self.accelerators[0]
-        return Accelerator(
-            kind="cpu",
-            name="CPU",
-            index=0,
-            total_bytes=self.host.total_bytes,
-            free_bytes=self.host.available_bytes,
-            unified=True,
-            backend="cpu",
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Workload:
     """What the model will be asked to do; None where nobody said. Sizes in pixels, frames, images and tokens."""
 
@@ -257,7 +223,8 @@ class Limits:
         host_memory: RAM for weights that wait outside the device, in bytes; None takes what the system can spare.
         reserve: bytes of the device budget kept for activations and caches; None lets the plan estimate them.
         allow_disk: weights may stay on disk.
-        quality: "lossless" changes no weight; "minimal" and "any" permit formats once a quantizer is there.
+        quality: "lossless" changes no weight; "minimal" permits FP8 and INT8 of weights alone, and tiles of a VAE; "any" permits all formats.
+            What is lossless wins where it is not more than 3 % slower.
         excluded: (format, tier) pairs that may not be used.
 
     Raises:
@@ -269,7 +236,7 @@ class Limits:
     host_memory: int | str | None = None
     reserve: int | str | None = None
     allow_disk: bool = True
-    quality: str = "lossless"
+    quality: str = "minimal"
     excluded: frozenset[tuple[str, str]] = frozenset()
 
     def __post_init__(self) -> None:

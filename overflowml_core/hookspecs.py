@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from overflowml_core.facts import Accelerator, Limits, Machine, Network, Workload
+    from overflowml_core.formats import Format
     from overflowml_core.loading import Loading
     from overflowml_core.plan import Estimate, Plan
     from overflowml_core.protocols import Attachment
+    from overflowml_core.traps import Objection
 
 PROJECT = "overflowml"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -49,14 +51,48 @@ def overflowml_describe(source: object, workload: Workload, options: dict[str, o
     """
 
 
+@hookspec(firstresult=True)
+def overflowml_measure(source: object, network: Network, workload: Workload, options: dict[str, object]) -> Network | None:  # type: ignore[empty-body]
+    """Say what the passes of a network compute and hold, at a workload: fill in the profiles and variants of its components.
+
+    Called by the session right after a description, once for every plan whose profile is not in the cache. Stops at the first answer that is
+    not None; None means: not my kind of source, and the network keeps what its description says. Must not load, move or cast a weight, must not
+    need an accelerator, and must leave the source as it was. Names, blocks, bytes and fingerprints of the network must come back unchanged.
+
+    Args:
+        source: what was described: a path, a live module or a live pipeline.
+        network: its description.
+        workload: sizes, batch, steps, tokens.
+        options: as for ``overflowml_describe``.
+
+    Default: none; implemented for real in ``overflowml_diffusers`` and ``overflowml_transformers``, by running the real code on fake tensors.
+    """
+
+
+@hookspec
+def overflowml_formats(machine: Machine) -> Iterable[Format] | None:  # type: ignore[empty-body]
+    """Name formats into which weights may be converted on this machine.
+
+    Called by the session once for every plan. All answers are joined; a name that comes twice is an error that names both plugins. None and
+    an empty list both mean: none here. Must not import torch.
+
+    Args:
+        machine: which devices there are; a format that none of them computes with is left out.
+
+    Default: none; implemented for real in ``overflowml_torchao``.
+    """
+
+
 # ---- decisions
 
 
 @hookspec(firstresult=True)
-def overflowml_plan(network: Network, machine: Machine, workload: Workload, limits: Limits) -> Plan | None:
+def overflowml_plan(
+    network: Network, machine: Machine, workload: Workload, limits: Limits, formats: tuple[Format, ...], abilities: frozenset[str]
+) -> Plan | None:
     """Decide where weights live.
 
-    Called by the session once for every plan. Stops at the first answer that is not None; None means: no opinion. Pure: the same
+    Called by the session for every plan, again with more ``limits.excluded`` while a plugin objects. Stops at the first answer that is not None; None means: no opinion. Pure: the same
     arguments give the same plan. Whatever is returned passes ``Plan.check`` before it is used. To refuse, raise DoesNotFit.
 
     Args:
@@ -64,8 +100,27 @@ def overflowml_plan(network: Network, machine: Machine, workload: Workload, limi
         machine: what there is to run it.
         workload: what it will be asked to do.
         limits: what the user grants, as asked; unresolved against the machine.
+        formats: what weights may be converted into.
+        abilities: what can be carried out beyond plain residency and streaming: "formats", "experts", "devices", "variants". A plan that needs
+            more may be named among the rejected, and must not be chosen.
 
     Default: ``overflowml_core.planner``.
+    """
+
+
+@hookspec
+def overflowml_objections(plan: Plan, network: Network, machine: Machine) -> Iterable[Objection] | None:  # type: ignore[empty-body]
+    """Name known traps that this plan would step into.
+
+    Called by the session for every plan that was made. All answers are joined; what they name is excluded, and planning runs again, until
+    nobody objects. None and an empty list both mean: no objection. Pure.
+
+    Args:
+        plan: what was decided.
+        network: what it was decided for.
+        machine: where it would run.
+
+    Default: the built-in plugin asks ``overflowml_core.traps``.
     """
 
 
@@ -139,3 +194,14 @@ def overflowml_progress(loading: Loading | None, done_bytes: int, total_bytes: i
 @hookspec
 def overflowml_ran(plan: Plan, report: Estimate) -> None:
     """A plan was detached, with what was measured while it ran. All plugins; answers are ignored, exceptions are logged."""
+
+
+@hookspec
+def overflowml_register_commands(app: object) -> None:
+    """Add commands to the command line.
+
+    Called once when the command line starts. All plugins; an exception is logged and costs the plugin its commands, nothing else.
+
+    Args:
+        app: the ``typer.Typer`` application.
+    """

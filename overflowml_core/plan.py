@@ -9,8 +9,10 @@ from typing import Any
 from overflowml_core.errors import BadPlan
 from overflowml_core.facts import Limits, Tier, Workload
 from overflowml_core.facts import digest as fingerprint_of
+from overflowml_core.formats import AS_STORED
+from overflowml_core.machine import Rates
 
-PLAN_SCHEMA = 1
+PLAN_SCHEMA = 2
 """Version of the JSON form. It changes when a field changes its meaning; docs/plan-format.md lists the fields."""
 
 
@@ -23,7 +25,9 @@ class Placement:
         block: name of the block inside it.
         tier: DEVICE where it is resident while its phase runs, else where it is streamed from.
         home: where its weights are when its phase does not run; DEVICE where they never leave.
-        stored_bytes: bytes of its slab.
+        stored_bytes: bytes of its slab, in the format that it has on the device.
+        format: name of the format into which its linear weights are converted; empty where they stay as stored.
+        device: index of the accelerator that computes it, in ``Plan.devices``.
     """
 
     component: str
@@ -31,6 +35,31 @@ class Placement:
     tier: Tier
     home: Tier
     stored_bytes: int
+    format: str = AS_STORED
+    device: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PassEstimate:
+    """One kind of pass over one component, predicted or measured.
+
+    Attributes:
+        component, name: whose pass, and which ("denoise", "token").
+        count: how often it happens per unit of work.
+        activation_bytes: of the device, caches included.
+        pass_s, compute_s, transfer_s, stall_s: one pass, and what it consists of; None where nobody knows.
+        bound_by: "compute", "memory", "link", "disk" or None.
+    """
+
+    component: str
+    name: str
+    count: int
+    activation_bytes: int
+    pass_s: float | None = None
+    compute_s: float | None = None
+    transfer_s: float | None = None
+    stall_s: float | None = None
+    bound_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +73,10 @@ class Estimate:
         disk_bytes: weights that are read from disk when they are needed.
         streamed_bytes: weights that move to the device in one pass.
         pass_s, compute_s, transfer_s, stall_s: one pass, and what it consists of.
-        bound_by: "compute", "link", "disk" or None.
+        bound_by: "compute", "memory", "link", "disk" or None.
+        total_s: a unit of work (an image, a clip, an answer): all passes, and what changing phases costs.
+        first_token_s: until the first token of an answer; None where no language model answers.
+        token_s: each token after it.
     """
 
     device_peak_bytes: int = 0
@@ -57,6 +89,9 @@ class Estimate:
     transfer_s: float | None = None
     stall_s: float | None = None
     bound_by: str | None = None
+    total_s: float | None = None
+    first_token_s: float | None = None
+    token_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +108,9 @@ class PhasePlan:
         activation_bytes: kept free for activations and caches.
         placements: one per block, in order of execution.
         estimate: what this phase will take.
+        variant: name of the variant of its component that is switched on ("slicing", "tiling"); empty where it runs as it is.
+        expert_cache_bytes: device memory in which routed experts are cached; 0 where none are offloaded.
+        passes: each kind of pass of its components.
     """
 
     name: str
@@ -84,6 +122,9 @@ class PhasePlan:
     activation_bytes: int
     placements: tuple[Placement, ...]
     estimate: Estimate
+    variant: str = ""
+    expert_cache_bytes: int = 0
+    passes: tuple[PassEstimate, ...] = ()
 
     @property
     def resident_bytes(self) -> int:
@@ -98,16 +139,38 @@ class PhasePlan:
     @property
     def device_bytes(self) -> int:
         """Bytes of the compute tier in this phase: weights, slots, activations."""
-        return self.fixed_bytes + self.resident_bytes + self.slot_count * self.slot_bytes + self.activation_bytes
+        slots = self.slot_count * self.slot_bytes
+        return self.fixed_bytes + self.resident_bytes + slots + self.expert_cache_bytes + self.activation_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A strategy that was considered and not chosen, and why."""
+    """A strategy that was considered and not chosen, and why.
+
+    Attributes:
+        strategy: which one ("direct", "stream fp8").
+        reason: why not, with numbers.
+        estimate: what it would take, None where that was not worked out.
+        viable: it would run within the limits, only not better.
+        quality: what it would do to the result: "lossless", "minimal" or "any".
+        carried_out: this version of the project can carry it out on this kind of source.
+    """
 
     strategy: str
     reason: str
     estimate: Estimate | None = None
+    viable: bool = False
+    quality: str = "lossless"
+    carried_out: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Avoided:
+    """A known trap that the plan steered around: its name, what it would have done, and what the plan does instead."""
+
+    trap: str
+    reason: str
+    remedy: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +187,8 @@ class Plan:
     """Which weights are where, when. See docs/plan-format.md for each field.
 
     ``fingerprint`` names the decision: it is the same in every host, for the same model, device kind, workload and limits,
-    and the same placements.
+    and the same placements. ``quality`` is what the plan does to the result, ``devices`` all that it computes on (empty: ``device`` alone),
+    ``rates`` what its times rest on (without operations that were measured one by one), ``traps`` what it steered around.
     """
 
     strategy: str
@@ -140,6 +204,10 @@ class Plan:
     estimate: Estimate
     rejected: tuple[Rejected, ...] = ()
     reasons: tuple[str, ...] = ()
+    quality: str = "lossless"
+    devices: tuple[str, ...] = ()
+    rates: Rates | None = None
+    traps: tuple[Avoided, ...] = ()
     schema: int = PLAN_SCHEMA
     fingerprint: str = field(default="", compare=False)
 
@@ -151,11 +219,12 @@ class Plan:
         """The fingerprint that belongs to the contents."""
         document = self._document()
         # What varies from run to run without changing the decision stays out: free bytes, words, and predictions.
-        for transient in ("budget", "estimate", "rejected", "reasons", "device_name", "fingerprint", "network"):
+        for transient in ("budget", "estimate", "rejected", "reasons", "device_name", "fingerprint", "network", "rates", "traps"):
             del document[transient]
         document["device"] = self.device.partition(":")[0]
         for phase in document["phases"]:
             del phase["estimate"]
+            del phase["passes"]
         return fingerprint_of(document)
 
     @property
@@ -221,6 +290,10 @@ _ORDER = (
     "estimate",
     "rejected",
     "reasons",
+    "quality",
+    "devices",
+    "rates",
+    "traps",
 )
 
 

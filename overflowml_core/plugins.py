@@ -12,7 +12,9 @@ import pluggy
 from overflowml_core import environment, hookspecs
 from overflowml_core.errors import OverflowmlError, PluginFault
 from overflowml_core.facts import Accelerator, Limits, Machine, Network, Workload
+from overflowml_core.formats import Format
 from overflowml_core.plan import Plan
+from overflowml_core.traps import Objection
 
 if TYPE_CHECKING:
     from overflowml_core.loading import Loading
@@ -109,10 +111,55 @@ class Plugins:
         """The first description, None where no plugin knows the source."""
         return self._first("overflowml_describe", Network, source=source, workload=workload, options=options)
 
-    def plan(self, network: Network, machine: Machine, workload: Workload, limits: Limits) -> Plan | None:
+    def measure(self, source: object, network: Network, workload: Workload, options: dict[str, object]) -> Network | None:
+        """The network with the first profile of it, None where no plugin can profile this source.
+
+        Raises:
+            PluginFault: the plugin changed more than profiles.
+        """
+        for name, answer in self._each("overflowml_measure", source=source, network=network, workload=workload, options=options):
+            if answer is not None:
+                measured = _expect(answer, Network, name, "overflowml_measure")
+                if [c.fingerprint for c in measured.components] != [c.fingerprint for c in network.components]:
+                    raise PluginFault(name, "overflowml_measure", "changed the network that it was to profile")
+                return measured
+        return None
+
+    def formats(self, machine: Machine) -> tuple[Format, ...]:
+        """All formats that plugins name.
+
+        Raises:
+            PluginFault: two plugins name the same one.
+        """
+        found: dict[str, tuple[str, Format]] = {}
+        for name, answer in self._each("overflowml_formats", machine=machine):
+            for item in answer or ():
+                form = _expect(item, Format, name, "overflowml_formats")
+                if form.name in found:
+                    raise PluginFault(name, "overflowml_formats", f"names {form.name!r}, which plugin {found[form.name][0]} names too")
+                found[form.name] = (name, form)
+        return tuple(form for _, form in found.values())
+
+    def plan(
+        self,
+        network: Network,
+        machine: Machine,
+        workload: Workload,
+        limits: Limits,
+        formats: tuple[Format, ...] = (),
+        abilities: frozenset[str] = frozenset(),
+    ) -> Plan | None:
         """The first plan, checked."""
-        plan = self._first("overflowml_plan", Plan, network=network, machine=machine, workload=workload, limits=limits)
+        arguments = {"network": network, "machine": machine, "workload": workload, "limits": limits}
+        plan = self._first("overflowml_plan", Plan, **arguments, formats=formats, abilities=abilities)
         return None if plan is None else plan.check()
+
+    def objections(self, plan: Plan, network: Network, machine: Machine) -> list[Objection]:
+        """All objections to a plan."""
+        found: list[Objection] = []
+        for name, answer in self._each("overflowml_objections", plan=plan, network=network, machine=machine):
+            found += [_expect(objection, Objection, name, "overflowml_objections") for objection in answer or ()]
+        return found
 
     def components(self, target: object) -> dict[str, object] | None:
         """The first answer to which modules a live object consists of."""
@@ -140,6 +187,10 @@ class Plugins:
     def progress(self, loading: Loading | None, done_bytes: int, total_bytes: int) -> None:
         """Tell watchers how far a load is."""
         self._tell("overflowml_progress", loading=loading, done_bytes=done_bytes, total_bytes=total_bytes)
+
+    def register_commands(self, app: object) -> None:
+        """Let plugins add commands."""
+        self._tell("overflowml_register_commands", app=app)
 
     def ran(self, plan: Plan, report: Estimate) -> None:
         """Tell watchers what was measured."""

@@ -20,7 +20,7 @@ read at 3 to 14 GB/s, a SATA drive at 0.5."""
 
 
 def detect_machine(accelerators: Sequence[Accelerator], folder: str | os.PathLike[str]) -> Machine:
-    """The machine as a plan sees it, with rates that are assumed (``rates.measured`` is False).
+    """The machine as a plan sees it, with rates that are assumed (``rates.source``).
 
     Args:
         accelerators: what ``find_accelerators`` or a plugin found, the one to compute on first.
@@ -30,6 +30,6 @@ def detect_machine(accelerators: Sequence[Accelerator], folder: str | os.PathLik
         h2d_bytes_per_s=ASSUMED_LINK_BYTES_PER_S,
         d2h_bytes_per_s=ASSUMED_LINK_BYTES_PER_S,
         disk_bytes_per_s=ASSUMED_DISK_BYTES_PER_S,
-        measured=False,
+        source="assumed",
     )
     return Machine(accelerators=tuple(accelerators), host=host_memory(), rates=rates, disk_free_bytes=disk_free_bytes(folder))

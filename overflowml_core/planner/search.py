@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from overflowml_core.facts import Limits, Machine, Network, Tier, Workload
+from overflowml_core.formats import Format
 from overflowml_core.plan import Budget, Estimate, PhasePlan, Placement, Plan
 from overflowml_core.planner import homes, reasons
 from overflowml_core.planner.homes import Draft, PhaseHomes
@@ -12,7 +13,14 @@ from overflowml_core.planner.memory import PhaseNeed, phase_needs, pinned_budget
 from overflowml_core.planner.residency import Residency, choose
 
 
-def make_plan(network: Network, machine: Machine, workload: Workload, limits: Limits) -> Plan:
+def make_plan(
+    network: Network,
+    machine: Machine,
+    workload: Workload,
+    limits: Limits,
+    formats: tuple[Format, ...] = (),
+    abilities: frozenset[str] = frozenset(),
+) -> Plan:
     """Decide which weights stay on the device and which are streamed to it, from where.
 
     Args:
@@ -20,6 +28,8 @@ def make_plan(network: Network, machine: Machine, workload: Workload, limits: Li
         machine: what it runs on.
         workload: what it will be asked to do; it is kept in the plan, its bytes are already in the network's activations.
         limits: what the user grants.
+        formats: what weights may be converted into.
+        abilities: what can be carried out beyond residency and streaming.
 
     Returns:
         A plan that has passed its own check.

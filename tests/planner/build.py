@@ -62,7 +62,7 @@ def machine(
     return Machine(
         accelerators=gpu,
         host=HostMemory(host, host, host // 2 if pinnable is None else pinnable, 8),
-        rates=Rates(25e9, 25e9, 5e9, measured),
+        rates=Rates(25e9, 25e9, 5e9, "measured" if measured else "assumed"),
         disk_free_bytes=disk,
     )
 
