@@ -33,6 +33,8 @@ __all__ = [
     "detect",
     "install",
     "manage",
+    "optimize_model",
+    "optimize_pipeline",
     "plan",
     "release",
     "uninstall",
@@ -58,11 +60,12 @@ def detect() -> Machine:
 
 
 def describe(source: str | os.PathLike[str] | object, workload: Workload | None = None, **options: object) -> Network:
-    """What a model consists of: components, blocks, bytes. No weight is read.
+    """What a model consists of, and what its passes compute and hold: components, blocks, bytes, operations. No weight is read.
 
     Args:
-        source: a folder, a live module or a live pipeline.
-        workload: for the estimate of activations.
+        source: a folder, the id of a Hub repository, a .gguf or .safetensors file, a size ("40GB", or 40 for so many GB), a live module or a
+            live pipeline.
+        workload: what it is profiled for.
         options: as the host's ``from_pretrained`` would take them (``dtype=torch.bfloat16``).
 
     Raises:
@@ -80,8 +83,11 @@ def plan(
 ) -> Plan:
     """The plan that ``from_pretrained(source, overflow=...)`` would carry out, before anything is loaded.
 
+    Behind a size, a GGUF file or a single safetensors file there is no model that a host would load this way: their plan is a forecast, which may use all
+    that the planner knows.
+
     Args:
-        source: a folder, a live module or a live pipeline.
+        source: as for :func:`describe`.
         overflow: True, a size such as "8GB", or Limits.
         workload: what the model will be asked to do.
         machine: plan for this one instead of the one that runs.
@@ -92,7 +98,8 @@ def plan(
         OverflowmlError: the source or a size is wrong.
     """
     limits = Limits.of(overflow)
-    return _session.make_plan(_session.describe(source, workload, options), limits, workload, machine)
+    network = _session.describe(source, workload, options)
+    return _session.make_plan(network, limits, workload, machine, forecast=_session.is_forecast(source))
 
 
 def manage(target: object, overflow: object = True, workload: Workload | None = None) -> Attachment:
@@ -111,6 +118,34 @@ def manage(target: object, overflow: object = True, workload: Workload | None = 
         OverflowmlError: it is managed already, or cannot be.
     """
     return _session.manage(target, Limits.of(overflow), workload)
+
+
+def optimize_pipeline(
+    pipe: object, model_size_gb: float | None = None, *, overflow: object = True, workload: Workload | None = None
+) -> Attachment:
+    """Plan for a loaded pipeline and carry the plan out; :func:`manage` under the name that many scripts use.
+
+    Args:
+        pipe: a diffusers pipeline.
+        model_size_gb: size of the weights in GB. It is measured anyway; one that is off by more than a tenth is logged as a warning.
+        overflow: True, a size such as "8GB", or Limits.
+        workload: what the pipeline will be asked to do.
+
+    Returns:
+        The attachment; ``summary()`` is its plan in words.
+
+    Raises:
+        BadSize: ``model_size_gb`` is no size.
+        DoesNotFit, OverflowmlError: as for :func:`manage`; the pipeline is as it was.
+    """
+    return _session.optimize(pipe, model_size_gb, Limits.of(overflow), workload)
+
+
+def optimize_model(
+    model: object, model_size_gb: float | None = None, *, overflow: object = True, workload: Workload | None = None
+) -> Attachment:
+    """The same for a torch module or a transformers model; see :func:`optimize_pipeline`."""
+    return _session.optimize(model, model_size_gb, Limits.of(overflow), workload)
 
 
 def attachment(target: object) -> Attachment | None:

@@ -10,6 +10,7 @@ from overflowml_core.hookspecs import hookimpl
 if TYPE_CHECKING:
     from overflowml_core.formats import Format
     from overflowml_core.plan import Plan
+    from overflowml_core.traps import Objection
 
 
 def _is_module(source: object) -> bool:
@@ -48,6 +49,14 @@ def overflowml_plan(
     from overflowml_core.planner import make_plan
 
     return make_plan(network, machine, workload, limits, formats, abilities)
+
+
+@hookimpl(trylast=True)
+def overflowml_objections(plan: Plan, network: Network, machine: Machine) -> list[Objection]:
+    """The catalog of known traps."""
+    from overflowml_core.traps import objections
+
+    return objections(plan, network, machine)
 
 
 @hookimpl(trylast=True)

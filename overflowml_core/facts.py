@@ -223,8 +223,8 @@ class Limits:
         host_memory: RAM for weights that wait outside the device, in bytes; None takes what the system can spare.
         reserve: bytes of the device budget kept for activations and caches; None lets the plan estimate them.
         allow_disk: weights may stay on disk.
-        quality: "lossless" changes no weight; "minimal" permits FP8 and INT8 of weights alone, and tiles of a VAE; "any" permits all formats.
-            What is lossless wins where it is not more than 3 % slower.
+        quality: "lossless" changes no weight; "minimal" permits FP8 and INT8 of weights alone, and tiles of a VAE; "any" permits all
+            formats. What is lossless wins where it is not more than 3 % slower.
         excluded: (format, tier) pairs that may not be used.
 
     Raises:

@@ -55,9 +55,10 @@ def overflowml_describe(source: object, workload: Workload, options: dict[str, o
 def overflowml_measure(source: object, network: Network, workload: Workload, options: dict[str, object]) -> Network | None:  # type: ignore[empty-body]
     """Say what the passes of a network compute and hold, at a workload: fill in the profiles and variants of its components.
 
-    Called by the session right after a description, once for every plan whose profile is not in the cache. Stops at the first answer that is
-    not None; None means: not my kind of source, and the network keeps what its description says. Must not load, move or cast a weight, must not
-    need an accelerator, and must leave the source as it was. Names, blocks, bytes and fingerprints of the network must come back unchanged.
+    Called by the session right after a description, once for every plan whose profile is not in the cache. Stops at the first answer that
+    is not None; None means: not my kind of source, and the network keeps what its description says. Must not load, move or cast a weight,
+    must not need an accelerator, and must leave the source as it was. Names, blocks, bytes and fingerprints of the network must come back
+    unchanged.
 
     Args:
         source: what was described: a path, a live module or a live pipeline.
@@ -65,7 +66,8 @@ def overflowml_measure(source: object, network: Network, workload: Workload, opt
         workload: sizes, batch, steps, tokens.
         options: as for ``overflowml_describe``.
 
-    Default: none; implemented for real in ``overflowml_diffusers`` and ``overflowml_transformers``, by running the real code on fake tensors.
+    Default: none; implemented for real in ``overflowml_diffusers`` and ``overflowml_transformers``, which run the real code on fake
+    tensors.
     """
 
 
@@ -92,8 +94,9 @@ def overflowml_plan(
 ) -> Plan | None:
     """Decide where weights live.
 
-    Called by the session for every plan, again with more ``limits.excluded`` while a plugin objects. Stops at the first answer that is not None; None means: no opinion. Pure: the same
-    arguments give the same plan. Whatever is returned passes ``Plan.check`` before it is used. To refuse, raise DoesNotFit.
+    Called by the session for every plan, again with more ``limits.excluded`` while a plugin objects. Stops at the first answer that is not
+    None; None means: no opinion. Pure: the same arguments give the same plan. Whatever is returned passes ``Plan.check`` before it is used.
+    To refuse, raise DoesNotFit.
 
     Args:
         network: what is to run.
@@ -101,8 +104,8 @@ def overflowml_plan(
         workload: what it will be asked to do.
         limits: what the user grants, as asked; unresolved against the machine.
         formats: what weights may be converted into.
-        abilities: what can be carried out beyond plain residency and streaming: "formats", "experts", "devices", "variants". A plan that needs
-            more may be named among the rejected, and must not be chosen.
+        abilities: what can be carried out beyond plain residency and streaming: "formats", "experts", "devices", "variants". A plan that
+            needs more may be named among the rejected, and must not be chosen.
 
     Default: ``overflowml_core.planner``.
     """

@@ -16,7 +16,7 @@ class ComputeRate:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How fast a device computes, and how fast bytes move between the tiers. 0 is unknown, never silent: ``source`` says where they are from.
+    """How fast a device computes, and how fast bytes move between the tiers. 0 is unknown; ``source`` says where the numbers are from.
 
     Attributes:
         h2d_bytes_per_s, d2h_bytes_per_s: pinned RAM to the device and back.

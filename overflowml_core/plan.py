@@ -6,7 +6,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from overflowml_core.errors import BadPlan
 from overflowml_core.facts import Limits, Tier, Workload
 from overflowml_core.facts import digest as fingerprint_of
 from overflowml_core.formats import AS_STORED
@@ -25,9 +24,10 @@ class Placement:
         block: name of the block inside it.
         tier: DEVICE where it is resident while its phase runs, else where it is streamed from.
         home: where its weights are when its phase does not run; DEVICE where they never leave.
-        stored_bytes: bytes of its slab, in the format that it has on the device.
+        stored_bytes: bytes of its slab, in the format that it has on the device; without its routed experts where these are offloaded.
         format: name of the format into which its linear weights are converted; empty where they stay as stored.
         device: index of the accelerator that computes it, in ``Plan.devices``.
+        experts_home: where its routed experts wait, one record each; None where it has none or they are part of its slab.
     """
 
     component: str
@@ -37,6 +37,7 @@ class Placement:
     stored_bytes: int
     format: str = AS_STORED
     device: int = 0
+    experts_home: Tier | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,11 @@ class PassEstimate:
         component, name: whose pass, and which ("denoise", "token").
         count: how often it happens per unit of work.
         activation_bytes: of the device, caches included.
-        pass_s, compute_s, transfer_s, stall_s: one pass, and what it consists of; None where nobody knows.
-        bound_by: "compute", "memory", "link", "disk" or None.
+        pass_s: one pass in the rhythm of many; None where nobody knows, as all times.
+        compute_s: of it, what computes.
+        transfer_s: copies that it starts, one after the other; most of them run while something computes.
+        stall_s: what computing waits: ``pass_s`` less ``compute_s``.
+        bound_by: what works longest in a pass: "compute", "memory", "link", "disk", or None.
     """
 
     component: str
@@ -72,7 +76,7 @@ class Estimate:
         ram_bytes: pageable RAM that holds weights outside the compute tier.
         disk_bytes: weights that are read from disk when they are needed.
         streamed_bytes: weights that move to the device in one pass.
-        pass_s, compute_s, transfer_s, stall_s: one pass, and what it consists of.
+        pass_s, compute_s, transfer_s, stall_s: one pass, and what it consists of: of all passes the kind that takes most of the time.
         bound_by: "compute", "memory", "link", "disk" or None.
         total_s: a unit of work (an image, a clip, an answer): all passes, and what changing phases costs.
         first_token_s: until the first token of an answer; None where no language model answers.
@@ -137,10 +141,22 @@ class PhasePlan:
         return tuple(p for p in self.placements if p.tier is not Tier.DEVICE)
 
     @property
+    def devices(self) -> tuple[int, ...]:
+        """The accelerators that compute in this phase, by their index; the first one always does."""
+        return tuple(sorted({0, *(p.device for p in self.placements)}))
+
+    def bytes_on(self, device: int) -> int:
+        """Bytes of one accelerator in this phase: weights, slots, activations. Fixed weights and cached experts are on the first."""
+        own = [p for p in self.placements if p.device == device]
+        streams = any(p.tier is not Tier.DEVICE for p in own) or (device == 0 and self.slot_count and not self.streamed)
+        resident = sum(p.stored_bytes for p in own if p.tier is Tier.DEVICE)
+        slots = self.slot_count * self.slot_bytes if streams else 0
+        return (self.fixed_bytes + self.expert_cache_bytes if device == 0 else 0) + resident + slots + self.activation_bytes
+
+    @property
     def device_bytes(self) -> int:
-        """Bytes of the compute tier in this phase: weights, slots, activations."""
-        slots = self.slot_count * self.slot_bytes
-        return self.fixed_bytes + self.resident_bytes + slots + self.expert_cache_bytes + self.activation_bytes
+        """Bytes of the compute tier in this phase, all of its accelerators together: weights, slots, activations."""
+        return sum(self.bytes_on(device) for device in self.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +190,33 @@ class Avoided:
 
 
 @dataclass(frozen=True, slots=True)
+class WhatIf:
+    """What another machine would buy.
+
+    Attributes:
+        change: what is different, in words ("a card with 48.00 GiB").
+        strategy: what would be chosen there.
+        total_s: a unit of work there; None where nobody knows.
+        device_bytes: what it would take of the device.
+    """
+
+    change: str
+    strategy: str
+    total_s: float | None
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
-    """The limits as they were resolved against the machine, in bytes."""
+    """The limits as they were resolved against the machine, in bytes.
+
+    ``device_bytes`` is for all accelerators together; ``each_bytes`` for each of ``Plan.devices`` where there are several.
+    """
 
     device_bytes: int
     host_bytes: int
     disk_bytes: int
+    each_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +225,8 @@ class Plan:
 
     ``fingerprint`` names the decision: it is the same in every host, for the same model, device kind, workload and limits,
     and the same placements. ``quality`` is what the plan does to the result, ``devices`` all that it computes on (empty: ``device`` alone),
-    ``rates`` what its times rest on (without operations that were measured one by one), ``traps`` what it steered around.
+    ``rates`` what its times rest on (without operations that were measured one by one), ``traps`` what it steered around, ``outlook``
+    what other machines would buy, where somebody asked.
     """
 
     strategy: str
@@ -208,6 +246,7 @@ class Plan:
     devices: tuple[str, ...] = ()
     rates: Rates | None = None
     traps: tuple[Avoided, ...] = ()
+    outlook: tuple[WhatIf, ...] = ()
     schema: int = PLAN_SCHEMA
     fingerprint: str = field(default="", compare=False)
 
@@ -219,7 +258,7 @@ class Plan:
         """The fingerprint that belongs to the contents."""
         document = self._document()
         # What varies from run to run without changing the decision stays out: free bytes, words, and predictions.
-        for transient in ("budget", "estimate", "rejected", "reasons", "device_name", "fingerprint", "network", "rates", "traps"):
+        for transient in _TRANSIENT:
             del document[transient]
         document["device"] = self.device.partition(":")[0]
         for phase in document["phases"]:
@@ -228,9 +267,24 @@ class Plan:
         return fingerprint_of(document)
 
     @property
+    def kind(self) -> str:
+        """The strategy without its format: "direct", "phased", "stream", "sequential", "experts", "devices" or "cpu"."""
+        return self.strategy.partition(" ")[0]
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether the phases are on the device one after the other, not all of them all the time."""
+        return self.kind not in ("direct", "cpu")
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """Formats into which weights are converted, sorted; empty where all stay as stored."""
+        return tuple(sorted({p.format for phase in self.phases for p in phase.placements} - {AS_STORED}))
+
+    @property
     def managed(self) -> bool:
-        """Whether anything is left for the runtime to do: False where all weights simply stay on the device."""
-        return self.strategy != "direct"
+        """Whether anything is left for the runtime to do: False where all weights simply stay on the device as they are stored."""
+        return self.kind != "direct" or bool(self.formats) or any(phase.variant for phase in self.phases)
 
     def placements(self) -> tuple[Placement, ...]:
         """All placements of all phases, in order."""
@@ -246,7 +300,9 @@ class Plan:
         Raises:
             BadPlan: it is over its budget, a slot is too small, a block stands twice, or a number is negative.
         """
-        _check(self)
+        from overflowml_core.plan_check import check_plan
+
+        check_plan(self)
         return self
 
     def summary(self) -> str:
@@ -294,7 +350,10 @@ _ORDER = (
     "devices",
     "rates",
     "traps",
+    "outlook",
 )
+
+_TRANSIENT = ("budget", "estimate", "rejected", "reasons", "device_name", "fingerprint", "network", "rates", "traps", "outlook")
 
 
 def _plain(value: object) -> Any:
@@ -308,52 +367,3 @@ def _plain(value: object) -> Any:
     if names is not None:
         return {name: _plain(getattr(value, name)) for name in names}
     return value
-
-
-def _check(plan: Plan) -> None:
-    seen: set[tuple[str, str]] = set()
-    owners: set[str] = set()
-    for phase in plan.phases:
-        where = f"plan {plan.fingerprint}, phase {phase.name}"
-        for component in phase.components:
-            if component in owners:
-                raise BadPlan(f"{where}: component {component} stands in two phases; each runs in one")
-            owners.add(component)
-        for placement in phase.placements:
-            key = (placement.component, placement.block)
-            if placement.component not in phase.components or key in seen:
-                raise BadPlan(
-                    f"{where}: block {placement.component}.{placement.block} is placed twice or in a foreign phase; place each block once"
-                )
-            seen.add(key)
-            if placement.tier is not Tier.DEVICE and placement.stored_bytes > phase.slot_bytes:
-                raise BadPlan(
-                    f"{where}: slots of {phase.slot_bytes} bytes, but block {placement.block} takes {placement.stored_bytes}; "
-                    "make the slots as large as the largest streamed block"
-                )
-        if phase.streamed and phase.slot_count < 1:
-            raise BadPlan(f"{where}: {len(phase.streamed)} streamed blocks and no staging slot; give it at least one")
-    needed = held_bytes(plan)
-    if needed > plan.budget.device_bytes:
-        raise BadPlan(
-            f"plan {plan.fingerprint}: takes {needed} bytes of a budget of {plan.budget.device_bytes}; it must not be over its own budget"
-        )
-    if plan.estimate.device_peak_bytes < needed:
-        raise BadPlan(
-            f"plan {plan.fingerprint}: predicts a peak of {plan.estimate.device_peak_bytes} bytes and takes {needed}; "
-            "the prediction must cover it"
-        )
-
-
-def held_bytes(plan: Plan) -> int:
-    """Most bytes of the compute tier that the plan takes at any moment.
-
-    Phases of a direct plan are on the device together; otherwise they take turns.
-    """
-    per_phase = [phase.device_bytes for phase in plan.phases]
-    if not per_phase:
-        return 0
-    if plan.strategy == "direct":
-        activations = max(phase.activation_bytes for phase in plan.phases)
-        return sum(phase.device_bytes - phase.activation_bytes for phase in plan.phases) + activations
-    return max(per_phase)

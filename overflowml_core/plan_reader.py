@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from overflowml_core.errors import BadPlan, OverflowmlError
 from overflowml_core.facts import Limits, Tier, Workload
-from overflowml_core.plan import PLAN_SCHEMA, Budget, Estimate, PhasePlan, Placement, Plan, Rejected
+from overflowml_core.machine import ComputeRate, Rates
+from overflowml_core.plan import (
+    PLAN_SCHEMA,
+    Avoided,
+    Budget,
+    Estimate,
+    PassEstimate,
+    PhasePlan,
+    Placement,
+    Plan,
+    Rejected,
+    WhatIf,
+)
 
 _LARGEST_PLAN_CHARS = 64 * 2**20
 _LARGEST_COUNT = 2**60
 _LONGEST_SECONDS = 1e12
+_FASTEST = 1e30
+"""Of rates a second: a thousand times what all computers together do."""
 
 
 def read_plan(text: str | bytes) -> Plan:
@@ -63,52 +78,126 @@ def _seconds(value: object, what: str) -> float | None:
     return float(value)
 
 
+def _rate(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _FASTEST:
+        raise BadPlan(f"plan: {what}={value!r} is not a rate; make the plan again")
+    return float(value)
+
+
+def _flag(value: object, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise BadPlan(f"plan: {what}={value!r} is not true or false; make the plan again")
+    return value
+
+
+def _texts(values: object, what: str) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise BadPlan(f"plan: {what} is not a list; make the plan again")
+    return tuple(_text(value, what) for value in values)
+
+
+_COUNTED = ("device_peak_bytes", "pinned_bytes", "ram_bytes", "disk_bytes", "streamed_bytes")
+_TIMED = ("pass_s", "compute_s", "transfer_s", "stall_s")
+_ANSWERED = ("total_s", "first_token_s", "token_s")
+
+
+def _bound(value: object) -> str | None:
+    return None if value is None else _text(value, "bound_by")
+
+
 def _read_estimate(document: Mapping[str, Any]) -> Estimate:
-    bound = document["bound_by"]
-    return Estimate(
-        device_peak_bytes=_count(document["device_peak_bytes"], "device_peak_bytes"),
-        pinned_bytes=_count(document["pinned_bytes"], "pinned_bytes"),
-        ram_bytes=_count(document["ram_bytes"], "ram_bytes"),
-        disk_bytes=_count(document["disk_bytes"], "disk_bytes"),
-        streamed_bytes=_count(document["streamed_bytes"], "streamed_bytes"),
-        pass_s=_seconds(document["pass_s"], "pass_s"),
-        compute_s=_seconds(document["compute_s"], "compute_s"),
-        transfer_s=_seconds(document["transfer_s"], "transfer_s"),
-        stall_s=_seconds(document["stall_s"], "stall_s"),
-        bound_by=None if bound is None else _text(bound, "bound_by"),
+    values: dict[str, Any] = {name: _count(document[name], name) for name in _COUNTED}
+    values.update({name: _seconds(document[name], name) for name in (*_TIMED, *_ANSWERED)})
+    return Estimate(**values, bound_by=_bound(document["bound_by"]))
+
+
+def _read_pass(document: Mapping[str, Any]) -> PassEstimate:
+    return PassEstimate(
+        component=_text(document["component"], "component"),
+        name=_text(document["name"], "pass"),
+        count=_count(document["count"], "count"),
+        activation_bytes=_count(document["activation_bytes"], "activation_bytes"),
+        **{name: _seconds(document[name], name) for name in _TIMED},
+        bound_by=_bound(document["bound_by"]),
+    )
+
+
+def _read_placement(document: Mapping[str, Any]) -> Placement:
+    experts_home = document["experts_home"]
+    return Placement(
+        component=_text(document["component"], "component"),
+        block=_text(document["block"], "block"),
+        tier=Tier(document["tier"]),
+        home=Tier(document["home"]),
+        stored_bytes=_count(document["stored_bytes"], "stored_bytes"),
+        format=_text(document["format"], "format"),
+        device=_count(document["device"], "device"),
+        experts_home=None if experts_home is None else Tier(experts_home),
     )
 
 
 def _read_phase(document: Mapping[str, Any]) -> PhasePlan:
     return PhasePlan(
         name=_text(document["name"], "phase"),
-        components=tuple(_text(c, "component") for c in document["components"]),
+        components=_texts(document["components"], "component"),
         fixed_bytes=_count(document["fixed_bytes"], "fixed_bytes"),
         fixed_home=Tier(document["fixed_home"]),
         slot_count=_count(document["slot_count"], "slot_count"),
         slot_bytes=_count(document["slot_bytes"], "slot_bytes"),
         activation_bytes=_count(document["activation_bytes"], "activation_bytes"),
-        placements=tuple(
-            Placement(
-                component=_text(p["component"], "component"),
-                block=_text(p["block"], "block"),
-                tier=Tier(p["tier"]),
-                home=Tier(p["home"]),
-                stored_bytes=_count(p["stored_bytes"], "stored_bytes"),
-            )
-            for p in document["placements"]
-        ),
+        placements=tuple(_read_placement(p) for p in document["placements"]),
         estimate=_read_estimate(document["estimate"]),
+        variant=_text(document["variant"], "variant"),
+        expert_cache_bytes=_count(document["expert_cache_bytes"], "expert_cache_bytes"),
+        passes=tuple(_read_pass(p) for p in document["passes"]),
     )
 
 
-def _read_document(document: Mapping[str, Any]) -> Plan:
-    limits = dict(document["limits"])
+def _read_rejected(document: Mapping[str, Any]) -> Rejected:
+    estimate = document["estimate"]
+    return Rejected(
+        strategy=_text(document["strategy"], "strategy"),
+        reason=_text(document["reason"], "reason"),
+        estimate=None if estimate is None else _read_estimate(estimate),
+        viable=_flag(document["viable"], "viable"),
+        quality=_text(document["quality"], "quality"),
+        carried_out=_flag(document["carried_out"], "carried_out"),
+    )
+
+
+def _read_rates(document: Mapping[str, Any]) -> Rates:
+    named = {f.name: f.type for f in fields(Rates)}
+    return Rates(
+        **{name: _rate(document[name], name) for name, kind in named.items() if kind == "float"},
+        source=_text(document["source"], "source"),
+        compute=tuple(
+            ComputeRate(_text(r["kind"], "kind"), _text(r["dtype"], "dtype"), _rate(r["flop_per_s"], "flop_per_s"))
+            for r in document["compute"]
+        ),
+        op_seconds=tuple((_text(signature, "signature"), _rate(seconds, "op_seconds")) for signature, seconds in document["op_seconds"]),
+    )
+
+
+def _read_budget(document: Mapping[str, Any]) -> Budget:
+    return Budget(
+        device_bytes=_count(document["device_bytes"], "device_bytes"),
+        host_bytes=_count(document["host_bytes"], "host_bytes"),
+        disk_bytes=_count(document["disk_bytes"], "disk_bytes"),
+        each_bytes=tuple(_count(nbytes, "each_bytes") for nbytes in document["each_bytes"]),
+    )
+
+
+def _read_limits(document: Mapping[str, Any]) -> Limits:
+    limits = dict(document)
     limits["excluded"] = frozenset((_text(f, "excluded"), _text(t, "excluded")) for f, t in limits["excluded"])
     for name in ("device_memory", "host_memory", "reserve"):
         if limits[name] is not None:
             _count(limits[name], name)
-    budget = document["budget"]
+    return Limits.exactly(**limits)
+
+
+def _read_document(document: Mapping[str, Any]) -> Plan:
+    rates = document["rates"]
     return Plan(
         strategy=_text(document["strategy"], "strategy"),
         network=_text(document["network"], "network"),
@@ -117,19 +206,27 @@ def _read_document(document: Mapping[str, Any]) -> Plan:
         device=_text(document["device"], "device"),
         device_name=_text(document["device_name"], "device_name"),
         workload=Workload(**document["workload"]),
-        limits=Limits.exactly(**limits),
-        budget=Budget(**{n: _count(budget[n], n) for n in ("device_bytes", "host_bytes", "disk_bytes")}),
+        limits=_read_limits(document["limits"]),
+        budget=_read_budget(document["budget"]),
         phases=tuple(_read_phase(p) for p in document["phases"]),
         estimate=_read_estimate(document["estimate"]),
-        rejected=tuple(
-            Rejected(
-                _text(r["strategy"], "strategy"),
-                _text(r["reason"], "reason"),
-                _read_estimate(r["estimate"]) if r["estimate"] is not None else None,
-            )
-            for r in document["rejected"]
+        rejected=tuple(_read_rejected(r) for r in document["rejected"]),
+        reasons=_texts(document["reasons"], "reasons"),
+        quality=_text(document["quality"], "quality"),
+        devices=_texts(document["devices"], "devices"),
+        rates=None if rates is None else _read_rates(rates),
+        traps=tuple(
+            Avoided(_text(a["trap"], "trap"), _text(a["reason"], "reason"), _text(a["remedy"], "remedy")) for a in document["traps"]
         ),
-        reasons=tuple(_text(r, "reasons") for r in document["reasons"]),
+        outlook=tuple(
+            WhatIf(
+                change=_text(w["change"], "change"),
+                strategy=_text(w["strategy"], "strategy"),
+                total_s=_seconds(w["total_s"], "total_s"),
+                device_bytes=_count(w["device_bytes"], "device_bytes"),
+            )
+            for w in document["outlook"]
+        ),
         schema=_count(document["schema"], "schema"),
         fingerprint=_text(document["fingerprint"], "fingerprint") or "missing",
     )

@@ -20,6 +20,10 @@ class Attachment(Protocol):
         """What was measured so far, in the fields of the plan's estimate."""
         ...
 
+    def summary(self) -> str:
+        """The plan in words, for a terminal."""
+        ...
+
     def detach(self) -> None:
         """Give the model back as it was, bit for bit, and free what was allocated. A second call does nothing."""
         ...

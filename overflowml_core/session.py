@@ -1,142 +1,52 @@
-"""Brings the rooms together: describe, plan, attach, give back. The only file, beside the built-in plugin, that sees
-planner, inspect and runtime."""
+"""Attaches plans to live models and gives them back. With the built-in plugin the only file that sees planner, inspect and runtime."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
-from overflowml_core import builtin, environment
+from overflowml_core import environment
+from overflowml_core.description import describe, describe_moe, local_folder
 from overflowml_core.errors import NotAModel, OverflowmlError
 from overflowml_core.facts import Limits, Machine, Network, Workload
 from overflowml_core.loading import Loading, loading
 from overflowml_core.plan import Plan
-from overflowml_core.plugins import Plugins
+from overflowml_core.planning import abilities_of, calibrate, detect, is_forecast, make_plan, timeline, with_outlook
+from overflowml_core.registry import hosts, install, plugins, uninstall
+from overflowml_core.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
     from overflowml_core.protocols import Attachment
 
+__all__ = [
+    "abilities_of",
+    "attachment",
+    "calibrate",
+    "describe",
+    "describe_moe",
+    "detect",
+    "hosts",
+    "install",
+    "is_forecast",
+    "local_folder",
+    "make_plan",
+    "manage",
+    "optimize",
+    "plugins",
+    "release",
+    "timeline",
+    "uninstall",
+    "with_outlook",
+]
+
+_log = logging.getLogger("overflowml")
+
 _ATTACHMENT = "_overflowml_attachment"
 """Where a managed object carries its attachment. A registry on our side would keep the model alive for ever: the
 attachment refers to it."""
-
-_plugins: list[Plugins] = []
-_plugins_lock = threading.Lock()
-
-
-def plugins() -> Plugins:
-    """The plugins of this process, loaded on first use."""
-    with _plugins_lock:
-        if not _plugins:
-            _plugins.append(Plugins({"builtin": builtin}))
-        return _plugins[0]
-
-
-_installed: list[bool] = []
-
-
-def install() -> None:
-    """Put the requests into the hosts. A second call does nothing."""
-    if not _installed:
-        _installed.append(True)
-        plugins().install_hosts()
-
-
-def uninstall() -> None:
-    """Leave the hosts as they were. A second call does nothing."""
-    if _installed:
-        _installed.clear()
-        plugins().uninstall_hosts()
-
-
-@contextlib.contextmanager
-def hosts() -> Iterator[None]:
-    """Have the hosts installed for a while, as they are anyway unless the user took them out: folders are described by the
-    hosts' own loaders."""
-    was_installed = bool(_installed)
-    install()
-    try:
-        yield
-    finally:
-        if not was_installed:
-            uninstall()
-
-
-def detect() -> Machine:
-    """This machine: accelerators, RAM as this process may use it, free disk in the cache folder."""
-    from overflowml_core.inspect.machine import detect_machine
-
-    return detect_machine(plugins().accelerators(), environment.cache_folder())
-
-
-def describe(source: object, workload: Workload | None = None, options: dict[str, object] | None = None) -> Network:
-    """What a model consists of; no weight is read.
-
-    Args:
-        source: a folder, a live module or a live pipeline.
-        workload: for the estimate of activations.
-        options: what the host's ``from_pretrained`` would be given besides the source.
-
-    Raises:
-        NotAModel: no plugin knows the source.
-        BadCheckpoint: its files are broken.
-    """
-    if isinstance(source, (str, Path)):
-        _check_path(Path(source))
-    network = plugins().describe(source, workload or Workload(), dict(options or {}))
-    if network is None:
-        shown = source if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
-        raise NotAModel(shown, "give a diffusers pipeline or transformers folder, or a live module or pipeline")
-    return network
-
-
-def _check_path(path: Path) -> None:
-    if not path.exists():
-        raise NotAModel(path, "the path does not exist; give a local folder (download a Hub repository first)")
-    if path.is_file():
-        raise NotAModel(path, "this is a file; give the folder that holds config.json or model_index.json")
-
-
-def local_folder(source: object) -> Path | None:
-    """The folder that a host is asked to load, None where it is to be found elsewhere (a Hub repository, ``owner/name``).
-
-    Raises:
-        NotAModel: it can only be a path, and leads to no folder.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        return None
-    path = Path(os.fspath(source))
-    if path.is_dir():
-        return path
-    # A host would look for it on the Hub, and complain of the name that it is not.
-    if not isinstance(source, str) or path.is_file() or path.is_absolute() or source.startswith((".", "~")) or len(path.parts) > 2:
-        _check_path(path)
-    return None
-
-
-def make_plan(network: Network, limits: Limits, workload: Workload | None = None, machine: Machine | None = None) -> Plan:
-    """Decide where the weights of a network live.
-
-    Args:
-        network: from :func:`describe`.
-        limits: what the user grants; what is open is filled from the environment, then from the machine.
-        workload: what it will be asked to do.
-        machine: detected if it is not given.
-
-    Raises:
-        DoesNotFit: no plan respects the limits.
-    """
-    plan = plugins().plan(network, machine or detect(), workload or Workload(), environment.with_environment(limits))
-    if plan is None:  # the built-in plugin always answers, unless somebody took it out
-        raise OverflowmlError("no plugin made a plan; restore the built-in one")
-    plugins().planned(plan)
-    return plan
 
 
 def attachment(target: object) -> Attachment | None:
@@ -186,6 +96,28 @@ def manage(
         raise
     made.on_detach(lambda: _forget(marked))
     return cast("Attachment", made)
+
+
+def optimize(target: object, model_size_gb: float | None, limits: Limits, workload: Workload | None) -> Attachment:
+    """:func:`manage`, for a caller who says how large the weights are.
+
+    Raises:
+        BadSize: the size is none.
+    """
+    said_bytes = None
+    if model_size_gb is not None:
+        text = str(model_size_gb).strip()
+        said_bytes = parse_bytes(text if text[-1:].isalpha() else f"{text}GB", "model_size_gb")
+    made = manage(target, limits, workload)
+    measured_bytes = made.network.weight_bytes
+    if said_bytes is not None and abs(said_bytes - measured_bytes) * 10 > measured_bytes:
+        _log.warning(
+            "model_size_gb=%s: the weights of this %s take %s; planned with that",
+            model_size_gb,
+            type(target).__name__,
+            format_bytes(measured_bytes),
+        )
+    return made
 
 
 def _attach(plan: Plan, network: Network, machine: Machine, modules: dict[str, nn.Module], load: Loading | None) -> Any:

@@ -1,4 +1,4 @@
-"""What one pass over a component computes: operations, bytes they touch, memory they hold. Frozen values, found by tracing or by arithmetic."""
+"""What one pass over a component computes: operations, bytes they touch, memory they hold. Frozen values, traced or worked out."""
 
 from __future__ import annotations
 

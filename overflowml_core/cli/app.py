@@ -1,34 +1,38 @@
-"""Assembles the commands and turns the project's errors into one line and an exit status.
-
-Exit status: 0 done, 1 the answer is no (a demo that failed, a plan that does not fit), 2 wrong input.
-"""
+"""Assembles the commands; how they end is in ``ending``. A plugin's commands are asked for when a word is none of ours."""
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from overflowml._version import __version__
-from overflowml_core.cli import commands
-from overflowml_core.errors import DoesNotFit, OverflowmlError
+from overflowml_core.cli import activate, calibrate, can_run, demonstration, detect, doctor, ending, explain, plan
 
-EXIT_NO = 1
-EXIT_WRONG_INPUT = 2
+_log = logging.getLogger("overflowml")
+
+
+def _markup() -> str | None:
+    # Panels are for people; what is piped stays plain, and starts faster.
+    return "rich" if sys.stdout.isatty() else None
+
 
 app = typer.Typer(
     name="overflowml",
     help="Run AI models larger than the GPU, with a plan that can be read first.",
+    epilog=ending.EPILOG,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=_markup(),  # type: ignore[arg-type]
 )
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from overflowml._version import __version__
+
         typer.echo(f"overflowml {__version__}")
         raise typer.Exit
 
@@ -40,15 +44,36 @@ def _options(
     """Run AI models larger than the GPU, with a plan that can be read first."""
 
 
-app.command("plan")(commands.plan)
-app.command("detect")(commands.detect)
-app.command("demo")(commands.demo)
+_COMMANDS = {
+    "plan": plan.plan,
+    "can-run": can_run.can_run,
+    "explain": explain.explain,
+    "detect": detect.detect,
+    "calibrate": calibrate.calibrate,
+    "doctor": doctor.doctor,
+    "activate": activate.activate,
+    "deactivate": activate.deactivate,
+    "demo": demonstration.demo,
+}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, epilog=ending.EPILOG)(_command)
+
+
+def _add_plugins_commands(arguments: list[str]) -> None:
+    """Ask plugins for their commands, unless the first word is one of ours: loading plugins takes longer than everything else here."""
+    words = [argument for argument in arguments if not argument.startswith("-")]
+    if arguments == ["--version"] or (words and words[0] in _COMMANDS):
+        return
+    from overflowml_core import session
+
+    session.plugins().register_commands(app)
 
 
 def run() -> None:
     """Run the command line and exit with its status."""
-    try:
-        app()
-    except OverflowmlError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"overflowml: {error}", markup=False)
-        sys.exit(EXIT_NO if isinstance(error, DoesNotFit) else EXIT_WRONG_INPUT)
+
+    def command() -> object:
+        _add_plugins_commands(sys.argv[1:])
+        return app(standalone_mode=False)
+
+    sys.exit(ending.ended(command, sys.argv[1:]))

@@ -1,4 +1,7 @@
-"""Finds the devices that compute and asks each for its memory. Imports torch only inside the functions, where there is one."""
+"""Finds the devices that torch computes on and asks each for its memory; drivers add what torch does not tell.
+
+Imports torch only inside the functions, and only where a driver and the installed build could have a device in common.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,108 @@ import importlib
 import importlib.util
 import logging
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 
-from overflowml_core.facts import Accelerator
+import psutil
+
+from overflowml_core.inspect.cpu import cpu_name
+from overflowml_core.inspect.devices import driver_devices
+from overflowml_core.inspect.driver import DriverDevice, unified_bytes
+from overflowml_core.inspect.features import features_of
+from overflowml_core.inspect.torch_build import has_backend_extension, torch_build
+from overflowml_core.machine import Accelerator
 
 _LOG = logging.getLogger(__name__)
 _BUILT_IN_KINDS = ("cuda", "xpu", "mps")
 
 
-def find_accelerators() -> list[Accelerator]:
+def find_accelerators(root: Path = Path("/")) -> list[Accelerator]:
     """The accelerators that torch can use in this process, the one that torch itself prefers first; none without torch.
 
-    Asking a CUDA device for its memory creates this process's context on it, which takes some hundred MiB there; the free
-    bytes are what is left after that. A driver that fails is logged as a warning and its devices are left out.
+    torch is not imported, which takes two seconds, where it evidently has nothing to offer: no driver of a kind that the installed
+    build knows. Asking a CUDA device for its memory creates this process's context on it, which takes some hundred MiB there; the
+    free bytes are what is left after that. A driver that fails is logged as a warning and its devices are left out.
+
+    Args:
+        root: where /dev, /sys and /proc are looked for.
     """
+    if "torch" not in sys.modules and not torch_may_have_devices(root):
+        return []
     torch = _import_torch()
     if torch is None:
         return []
-    return [accelerator for kind in _kinds(torch) for accelerator in _devices(torch, kind)]
+    found = [accelerator for kind in _kinds(torch) for accelerator in _devices(torch, kind)]
+    return _with_driver_facts(torch, found, driver_devices(root)) if any(a.kind in _BUILT_IN_KINDS for a in found) else found
+
+
+def torch_may_have_devices(root: Path = Path("/"), platform: str = sys.platform) -> bool:
+    """Whether importing torch could reveal an accelerator, by cheap evidence: its build, device files, installed backends.
+
+    Args:
+        root: where /dev is looked for.
+        platform: as ``sys.platform`` names it.
+    """
+    build = torch_build()
+    if build is None:
+        return False
+    if not build.known or platform == "darwin" or has_backend_extension():
+        return True
+    if platform == "win32":  # no device files; a build without any of the three is for the CPU
+        return bool(build.cuda or build.hip or build.xpu)
+    has_nvidia = any((root / "dev").glob("nvidia[0-9]*")) or any((root / "dev" / name).exists() for name in ("nvidiactl", "nvmap", "dxg"))
+    if build.cuda and has_nvidia:
+        return True
+    if build.hip and ((root / "dev/kfd").exists() or (root / "dev/dxg").exists()):
+        return True
+    return bool(build.xpu) and (any((root / "dev/dri").glob("renderD*")) or (root / "dev/dxg").exists())
+
+
+def _with_driver_facts(torch: ModuleType, found: Sequence[Accelerator], devices: Sequence[DriverDevice]) -> list[Accelerator]:
+    """Add driver version and link, which torch does not tell."""
+    return [_joined(accelerator, _driver_of(torch, accelerator, devices)) for accelerator in found]
+
+
+def _joined(accelerator: Accelerator, device: DriverDevice | None) -> Accelerator:
+    if device is None:
+        return accelerator
+    capability = accelerator.capability or device.capability
+    return replace(
+        accelerator,
+        capability=capability,
+        features=features_of(accelerator.backend, capability),
+        driver=device.driver,
+        link="" if accelerator.unified else str(device.link or ""),
+    )
+
+
+def _driver_of(torch: ModuleType, accelerator: Accelerator, devices: Sequence[DriverDevice]) -> DriverDevice | None:
+    """The same device in the driver's list. torch numbers devices in an order of its own, and may be shown a part of them only."""
+    candidates = [device for device in devices if device.backend == accelerator.backend]
+    properties = _properties(torch, accelerator)
+    uuid = str(getattr(properties, "uuid", "") or "").lower().removeprefix("gpu-")
+    place = _bus_id(properties)
+    for device in candidates:
+        if (uuid and device.uuid.lower() == uuid) or (place and device.bus_id.rpartition(".")[0] == place):
+            return device
+    same = [device for device in candidates if device.name == accelerator.name]
+    # Equal cards in unequal slots cannot be told apart by name.
+    return same[0] if same and all((d.link, d.driver) == (same[0].link, same[0].driver) for d in same) else None
+
+
+def _properties(torch: ModuleType, accelerator: Accelerator) -> object | None:
+    try:
+        return torch.get_device_module(accelerator.kind).get_device_properties(accelerator.index)  # type: ignore[no-any-return]
+    except Exception:  # noqa: BLE001 -- MPS has none, and drivers raise what they like; the facts are extras
+        return None
+
+
+def _bus_id(properties: object | None) -> str:
+    found = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    numbers = [number for number in found if isinstance(number, int)]
+    return "{:04x}:{:02x}:{:02x}".format(*numbers) if len(numbers) == 3 else ""
 
 
 def _import_torch() -> ModuleType | None:
@@ -80,6 +167,7 @@ def _describe(torch: ModuleType, kind: str, index: int) -> Accelerator:
     module = torch.get_device_module(kind)
     free, total = (int(nbytes) for nbytes in module.mem_get_info(index))
     backend = "rocm" if kind == "cuda" and torch.version.hip is not None else kind
+    capability = _capability(module, backend, index)
     return Accelerator(
         kind=kind,
         name=_name(module, kind, index),
@@ -88,14 +176,37 @@ def _describe(torch: ModuleType, kind: str, index: int) -> Accelerator:
         free_bytes=min(total, free + _cached_bytes(module, index)),
         unified=_is_integrated(module, index),
         backend=backend,
+        features=features_of(backend, capability),
+        capability=capability,
     )
 
 
 def _describe_mps(torch: ModuleType) -> Accelerator:
     # The recommended maximum is what Metal grants a process before it starts to swap, less than the machine's RAM.
-    total = int(torch.mps.recommended_max_memory())
-    free = max(0, total - int(torch.mps.driver_allocated_memory()))
-    return Accelerator(kind="mps", name="Apple GPU", index=0, total_bytes=total, free_bytes=free, unified=True, backend="mps")
+    if hasattr(torch.mps, "recommended_max_memory"):
+        total = int(torch.mps.recommended_max_memory())
+    else:  # before torch 2.5
+        total = unified_bytes(psutil.virtual_memory().total)
+    chip = cpu_name() if sys.platform == "darwin" else ""
+    return Accelerator(
+        kind="mps",
+        name=chip or "Apple GPU",
+        index=0,
+        total_bytes=total,
+        free_bytes=max(0, total - int(torch.mps.driver_allocated_memory())),
+        unified=True,
+        backend="mps",
+        features=features_of("mps", ""),
+    )
+
+
+def _capability(module: ModuleType, backend: str, index: int) -> str:
+    """As the vendor counts it; empty where torch does not say."""
+    if backend == "rocm" and hasattr(module, "get_device_properties"):
+        return str(getattr(module.get_device_properties(index), "gcnArchName", "")).split(":", 1)[0]
+    if backend == "cuda" and hasattr(module, "get_device_capability"):
+        return "{}.{}".format(*module.get_device_capability(index))
+    return ""
 
 
 def _cached_bytes(module: ModuleType, index: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from overflowml_core.facts import HostMemory
+from overflowml_core.inspect.cpu import cpu_isa, cpu_name
 
 _LOG = logging.getLogger(__name__)
 _GIB = 2**30
@@ -60,6 +61,9 @@ def host_memory(root: Path = Path("/")) -> HostMemory:
         available_bytes=available,
         pinnable_bytes=pinnable_bytes(total, available),
         core_count=_core_count(root),
+        swap_bytes=_swap_bytes(root),
+        isa=cpu_isa(root),
+        cpu_name=cpu_name(root),
     )
 
 
@@ -112,6 +116,20 @@ def disk_free_bytes(path: str | os.PathLike[str]) -> int:
         return shutil.disk_usage(folder).free
     except OSError as error:
         _LOG.warning("%s: free disk space is unknown (%s); nothing will be written there", folder, error)
+        return 0
+
+
+def _swap_bytes(root: Path) -> int:
+    """Free swap space, from /proc/meminfo where that is there; a container may be allowed less."""
+    for line in (_read(root / "proc/meminfo") or "").splitlines():
+        words = line.split()
+        if len(words) == 3 and words[0] == "SwapFree:" and words[1].isdigit():
+            return int(words[1]) * 1024  # always kB (man 5 proc_meminfo)
+    if sys.platform.startswith("linux"):
+        return 0
+    try:
+        return int(psutil.swap_memory().free)
+    except (psutil.Error, OSError):
         return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from overflowml_core.planner.outlook import what_if, with_outlook
 from overflowml_core.planner.search import make_plan, smallest_budget_bytes
+from overflowml_core.planner.timeline import Timeline, timeline_of
 
-__all__ = ["make_plan", "smallest_budget_bytes"]
+__all__ = ["Timeline", "make_plan", "smallest_budget_bytes", "timeline_of", "what_if", "with_outlook"]

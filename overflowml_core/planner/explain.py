@@ -19,22 +19,30 @@ _STRATEGY_WORDS = {
     "direct": "everything stays on the device; nothing is streamed",
     "phased": "the phases take turns on the device; nothing is streamed within one",
     "stream": "blocks that do not fit are streamed to the device just before they are needed",
+    "sequential": "every block is streamed to the device just before it is needed; the least memory",
+    "experts": "the dense part stays on the device with a cache of experts; the others wait outside",
+    "devices": "consecutive blocks on several devices, each of which streams what does not fit on it",
+    "cpu": "everything in RAM, computed by the CPU",
 }
 
 
 def summarize(plan: Plan) -> str:
-    """The plan as text of at most about 100 columns: header, table of phases, residency strips, prediction, rejections, reasons."""
+    """The plan as text of about 100 columns: header, table of phases, residency strips, prediction, traps, rejections, reasons, outlook."""
     sections = [_header(plan), _table(plan), _strips(plan), _prediction(plan)]
+    if plan.traps:
+        sections.append(["steered around:", *_listed(f"{t.trap}: {t.reason}" + (f"; {t.remedy}" if t.remedy else "") for t in plan.traps)])
     if plan.rejected:
         sections.append(["not chosen:", *_listed(f"{r.strategy}: {r.reason}" for r in plan.rejected)])
     if plan.reasons:
         sections.append(["reasons:", *_listed(plan.reasons)])
+    if plan.outlook:
+        sections.append(["with another machine:", *_listed(_outlook(plan))])
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
 def _header(plan: Plan) -> list[str]:
     where = plan.device if plan.device_name.lower() == plan.device else f"{plan.device_name} ({plan.device})"
-    words = _STRATEGY_WORDS.get(plan.strategy)
+    words = _STRATEGY_WORDS.get(plan.kind)
     facts = f"{format_bytes(plan.weight_bytes)} of weights on {where}, budget {format_bytes(plan.budget.device_bytes)}"
     return [*_folded(f"{plan.network}: {facts}"), f"{plan.strategy}: {words}" if words else plan.strategy]
 
@@ -65,7 +73,8 @@ def _row(phase: PhasePlan) -> tuple[str, ...]:
 
 
 def _phase_name(phase: PhasePlan) -> str:
-    return phase.name if phase.components == (phase.name,) else f"{phase.name}: {', '.join(phase.components)}"
+    name = phase.name if phase.components == (phase.name,) else f"{phase.name}: {', '.join(phase.components)}"
+    return f"{name} ({phase.variant})" if phase.variant else name
 
 
 def _clipped(name: str) -> str:
@@ -73,7 +82,8 @@ def _clipped(name: str) -> str:
 
 
 def _homes(phase: PhasePlan) -> set[Tier]:
-    return {phase.fixed_home, *(placement.home for placement in phase.placements)}
+    experts = {p.experts_home for p in phase.placements if p.experts_home is not None}
+    return {phase.fixed_home, *(placement.home for placement in phase.placements), *experts}
 
 
 def _sum(placements: Iterable[Placement]) -> int:
@@ -107,7 +117,10 @@ def residency_strip(placements: Sequence[Placement]) -> str:
 def _prediction(plan: Plan) -> list[str]:
     estimate = plan.estimate
     lines = [f"predicted peak: {format_bytes(estimate.device_peak_bytes)} of {format_bytes(plan.budget.device_bytes)} on {plan.device}"]
+    lines += _times(plan)
     for phase in plan.phases:
+        if phase.expert_cache_bytes:
+            lines.append(f"cache of experts: {format_bytes(phase.expert_cache_bytes)} of the device")
         if phase.streamed:
             moved = f"{format_bytes(phase.estimate.streamed_bytes)} streamed{_transfer(phase.estimate.transfer_s)}"
             lines.append(f"per pass of {_phase_name(phase)}: {moved}")
@@ -116,6 +129,21 @@ def _prediction(plan: Plan) -> list[str]:
     if parts:
         lines.append(f"outside the device: {', '.join(parts)}")
     return [folded for line in lines for folded in _folded(line)]
+
+
+def _times(plan: Plan) -> Iterable[str]:
+    estimate = plan.estimate
+    if estimate.total_s is not None:
+        yield f"predicted time: {format_seconds(estimate.total_s)} for a unit of work"
+    if estimate.token_s:
+        first = "" if estimate.first_token_s is None else f"first token after {format_seconds(estimate.first_token_s)}, "
+        yield f"{first}{plan.workload.batch / estimate.token_s:.3g} tokens a second"
+
+
+def _outlook(plan: Plan) -> Iterable[str]:
+    for answer in plan.outlook:
+        time = "" if answer.total_s is None else f", {format_seconds(answer.total_s)}"
+        yield f"{answer.change}: {answer.strategy}{time}, {format_bytes(answer.device_bytes)} of the device"
 
 
 def _transfer(seconds: float | None) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from overflowml_core.facts import Tier
-from overflowml_core.planner.memory import PhaseNeed
+from overflowml_core.planner.needs import PhaseNeed
 from overflowml_core.planner.residency import Residency
 
 _RING_SLOTS = 2
@@ -15,10 +15,19 @@ _RING_SLOTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A phase with its residency, before its weights have homes."""
+    """A phase with its residency, before its weights have homes.
+
+    Attributes:
+        need: what it asks for.
+        residency: which of its blocks stay.
+        devices: per block, the device that computes it; empty where it is the first for all.
+        expert_cache_bytes: of the device, for routed experts; where it is not 0, the sizes of the need are without these.
+    """
 
     need: PhaseNeed
     residency: Residency
+    devices: tuple[int, ...] = ()
+    expert_cache_bytes: int = 0
 
     def indices(self, *, resident: bool) -> list[int]:
         """The resident blocks, or the streamed ones, without those that take no bytes."""
@@ -34,11 +43,13 @@ class PhaseHomes:
         blocks: per block.
         fixed: of the weights outside blocks.
         ring_bytes: pinned RAM through which blocks from disk pass; 0 where none does.
+        experts: per block, where its routed experts wait if they are apart from it; empty where none are.
     """
 
     blocks: list[Tier]
     fixed: Tier = Tier.DEVICE
     ring_bytes: int = 0
+    experts: list[Tier | None] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -1,120 +1,53 @@
-"""Why a plan is as it is, and why there is none, in sentences with numbers. Decides nothing."""
+"""Why a simple strategy was not taken, and why there is no plan, in sentences with numbers. Decides nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from overflowml_core.errors import DoesNotFit, NearMiss
-from overflowml_core.facts import Component, Limits, Machine, Tier
-from overflowml_core.plan import Estimate, PhasePlan, Rejected
-from overflowml_core.planner.homes import Draft
-from overflowml_core.planner.memory import PhaseNeed, together_bytes
+from overflowml_core.facts import Limits, Machine, Tier
+from overflowml_core.plan import Budget, Estimate, Rejected
+from overflowml_core.planner.homes import Draft, PhaseHomes
+from overflowml_core.planner.needs import PhaseNeed, together_bytes
 from overflowml_core.units import ceil_size, format_bytes
 
-_STRATEGIES = ("direct", "phased", "stream")
-
-
-def sentences(drafts: Sequence[Draft], phases: Sequence[PhasePlan], machine: Machine, limits: Limits) -> tuple[str, ...]:
-    """What was decided for each phase, and how sure its numbers are."""
-    found: list[str] = []
-    for draft, phase in zip(drafts, phases, strict=True):
-        found += _residency_sentences(draft, phase)
-    found += _activation_sentences(drafts, limits)
-    found += _disk_sentences(drafts, phases, machine)
-    if any(phase.streamed for phase in phases):
-        rates = machine.rates
-        h2d, disk = (f"{format_bytes(round(rate))}/s" for rate in (rates.h2d_bytes_per_s, rates.disk_bytes_per_s))
-        known = "measured" if rates.measured else "assumed, not measured"
-        link = "" if machine.compute.unified else f"{h2d} to the device and "
-        found.append(f"transfer times rest on {known} rates: {link}{disk} from disk")
-    return tuple(found)
-
-
-def _residency_sentences(draft: Draft, phase: PhasePlan) -> Iterator[str]:
-    if not phase.streamed:
-        return
-    for component in phase.components:
-        own = [p for p in phase.placements if p.component == component]
-        streamed = [p for p in own if p.tier is not Tier.DEVICE]
-        if streamed:
-            nbytes = format_bytes(sum(p.stored_bytes for p in streamed))
-            yield f"{component}: {len(own) - len(streamed)} of {len(own)} blocks resident, {len(streamed)} streamed ({nbytes} per pass)"
-    slot = format_bytes(phase.slot_bytes)
-    if phase.slot_count == 1:
-        yield f"{phase.name}: one slot of {slot}, for two leave too little room: copies wait for the streamed block before them"
-
-
-def _activation_sentences(drafts: Sequence[Draft], limits: Limits) -> Iterator[str]:
-    if limits.reserve_bytes is not None:
-        yield f"activations: {format_bytes(limits.reserve_bytes)} kept free in every phase, as asked"
-        return
-    components = [component for draft in drafts for component in draft.need.components]
-    for source, words in (("analytic", "an analytic estimate"), ("measured", "measured")):
-        known = [c for c in components if c.activation_source == source]
-        if known:
-            yield f"activations: {words} for {_amounts(known)}"
-    unknown = [c.name for c in components if c.activation_source not in ("analytic", "measured")]
-    if unknown:
-        yield f"activations: nobody knows those of {', '.join(unknown)}; keep room for them with a reserve"
-
-
-def _amounts(components: Sequence[Component]) -> str:
-    return ", ".join(f"{component.name} ({format_bytes(component.activation_bytes)})" for component in components)
-
-
-def _disk_sentences(drafts: Sequence[Draft], phases: Sequence[PhasePlan], machine: Machine) -> Iterator[str]:
-    disk_bytes = sum(phase.estimate.disk_bytes for phase in phases)
-    if disk_bytes > machine.disk_free_bytes:
-        yield (
-            f"disk: {format_bytes(disk_bytes)} are read from it and {format_bytes(machine.disk_free_bytes)} are free; "
-            "that is enough only where the model's own files can be read as they are"
-        )
-    if machine.compute.unified:
-        return
-    for draft, phase in zip(drafts, phases, strict=True):
-        if not any(p.tier is Tier.DISK for p in phase.streamed):
-            continue
-        blocks = sum(p.stored_bytes for p in phase.placements if p.home is Tier.PINNED)
-        fixed = draft.need.fixed_bytes if phase.fixed_home is Tier.PINNED else 0
-        ring_bytes = phase.estimate.pinned_bytes - blocks - fixed
-        if ring_bytes:
-            yield f"{phase.name}: blocks from disk pass through {format_bytes(ring_bytes)} of pinned RAM"
-        else:
-            yield f"{phase.name}: blocks from disk pass through pageable RAM, because none is left to pin"
+STRATEGIES = ("direct", "phased", "stream")
+"""The simple ones, with weights as they are stored on one device; every plan names them."""
 
 
 def rejected(strategy: str, needs: Sequence[PhaseNeed], device_bytes: int) -> tuple[Rejected, ...]:
     """Every strategy that was not chosen, and why."""
-    return tuple(_rejected(other, strategy, needs, device_bytes) for other in _STRATEGIES if other != strategy)
+    return tuple(_rejected(other, strategy, needs, device_bytes) for other in STRATEGIES if other != strategy)
 
 
 def _rejected(other: str, strategy: str, needs: Sequence[PhaseNeed], device_bytes: int) -> Rejected:
     if other == "direct":
         together = together_bytes(needs)
-        return Rejected(other, f"needs {_of(together, device_bytes)}", Estimate(device_peak_bytes=together))
+        return Rejected(other, f"needs {of(together, device_bytes)}", Estimate(device_peak_bytes=together))
     if other == "stream":
         largest_bytes = max((need.whole_bytes for need in needs), default=0)
         why = (
             _not_needed(needs, device_bytes)
             if strategy == "direct"
-            else f"not needed: each phase takes at most {_of(largest_bytes, device_bytes)}"
+            else f"not needed: each phase takes at most {of(largest_bytes, device_bytes)}"
         )
         return Rejected(other, why)
     if strategy == "direct":
         return Rejected(other, _not_needed(needs, device_bytes))
     if len(needs) == 1:
-        return Rejected(other, f"there is one phase, {needs[0].name}, and it needs {_of(needs[0].whole_bytes, device_bytes)}")
+        return Rejected(other, f"there is one phase, {needs[0].name}, and it needs {of(needs[0].whole_bytes, device_bytes)}")
     largest = max(needs, key=lambda need: need.whole_bytes)
     return Rejected(
-        other, f"{largest.name} alone needs {_of(largest.whole_bytes, device_bytes)}", Estimate(device_peak_bytes=largest.whole_bytes)
+        other, f"{largest.name} alone needs {of(largest.whole_bytes, device_bytes)}", Estimate(device_peak_bytes=largest.whole_bytes)
     )
 
 
 def _not_needed(needs: Sequence[PhaseNeed], device_bytes: int) -> str:
-    return f"not needed: everything together takes {_of(together_bytes(needs), device_bytes)}"
+    return f"not needed: everything together takes {of(together_bytes(needs), device_bytes)}"
 
 
-def _of(nbytes: int, device_bytes: int) -> str:
+def of(nbytes: int, device_bytes: int) -> str:
+    """What is needed of what there is."""
     return f"{format_bytes(nbytes)} of {format_bytes(device_bytes)}"
 
 
@@ -128,6 +61,28 @@ def device_shortfall(needs: Sequence[PhaseNeed], machine: Machine, limits: Limit
     return DoesNotFit(
         _shortfall_line(worst.name, needed_bytes, device_bytes, machine) + f"; {help_}", _device_misses(needs, machine, device_bytes)
     )
+
+
+def disk_refusal(drafts: Sequence[Draft], phase_homes: Sequence[PhaseHomes], machine: Machine, budget: Budget) -> DoesNotFit | None:
+    """The error of a plan that needs the disk where it may not be used; None where it does not need it."""
+    needs = [draft.need for draft in drafts]
+    for need, phase in zip(needs, phase_homes, strict=True):
+        if Tier.DISK not in (phase.fixed, *phase.blocks, *phase.experts):
+            continue
+        if machine.compute.unified:
+            return only_disk_outside(need.name, needs, machine, budget.device_bytes)
+        outside_bytes = sum(_outside_bytes(d, h) for d, h in zip(drafts, phase_homes, strict=True))
+        return host_shortfall(need.name, needs, machine, outside_bytes, budget.host_bytes)
+    return None
+
+
+def _outside_bytes(draft: Draft, phase: PhaseHomes) -> int:
+    total = draft.need.fixed_bytes if phase.fixed is not Tier.DEVICE else 0
+    total += sum(size for size, home in zip(draft.need.sizes_bytes, phase.blocks, strict=True) if home is not Tier.DEVICE)
+    for (_, block), weight, tier in zip(draft.need.blocks, draft.need.weights, phase.experts, strict=False):
+        if tier is not None and block.experts is not None:
+            total += block.experts.count * weight.expert_bytes
+    return total
 
 
 def only_disk_outside(phase: str, needs: Sequence[PhaseNeed], machine: Machine, device_bytes: int) -> DoesNotFit:

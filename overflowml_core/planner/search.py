@@ -1,16 +1,23 @@
-"""Decides on a plan: everything stays, or the phases take turns, or blocks are streamed. Pure: same arguments, same plan."""
+"""Decides on a plan: works candidates out, has them judged, and writes the winner down. Pure: same arguments, same plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from overflowml_core.errors import DoesNotFit, NearMiss
 from overflowml_core.facts import Limits, Machine, Network, Tier, Workload
 from overflowml_core.formats import Format
-from overflowml_core.plan import Budget, Estimate, PhasePlan, Placement, Plan
-from overflowml_core.planner import homes, reasons
+from overflowml_core.plan import Budget, PhasePlan, Placement, Plan, Rejected
+from overflowml_core.planner import judge, reasons, sentences
+from overflowml_core.planner.candidates import Candidate, plain_candidates
+from overflowml_core.planner.conversion import weigh
+from overflowml_core.planner.devices import cpu_candidate, split_candidate
+from overflowml_core.planner.estimates import PhaseForecast
+from overflowml_core.planner.experts import expert_candidate
 from overflowml_core.planner.homes import Draft, PhaseHomes
-from overflowml_core.planner.memory import PhaseNeed, phase_needs, pinned_budget, resolve_budget, together_bytes
-from overflowml_core.planner.residency import Residency, choose
+from overflowml_core.planner.needs import AS_IS, Recipe, phase_needs, together_bytes
+from overflowml_core.planner.setting import Setting, setting_of
 
 
 def make_plan(
@@ -21,15 +28,16 @@ def make_plan(
     formats: tuple[Format, ...] = (),
     abilities: frozenset[str] = frozenset(),
 ) -> Plan:
-    """Decide which weights stay on the device and which are streamed to it, from where.
+    """Decide which weights stay on the device and which are streamed to it, from where, and in which format.
 
     Args:
         network: what runs, with exact sizes.
         machine: what it runs on.
-        workload: what it will be asked to do; it is kept in the plan, its bytes are already in the network's activations.
+        workload: what it will be asked to do; its bytes and operations are already in the network's profiles.
         limits: what the user grants.
         formats: what weights may be converted into.
-        abilities: what can be carried out beyond residency and streaming.
+        abilities: what can be carried out beyond residency and streaming: "formats", "experts", "devices", "variants". A candidate that
+            needs more is named among the rejected, with what it would take, and never chosen.
 
     Returns:
         A plan that has passed its own check.
@@ -37,40 +45,19 @@ def make_plan(
     Raises:
         DoesNotFit: no plan respects the limits; the message says how much is missing, where, and what would help.
     """
-    budget, budget_reasons = resolve_budget(machine, limits)
-    needs = phase_needs(network, limits)
-    direct = together_bytes(needs) <= budget.device_bytes
-    if direct:
-        drafts = tuple(Draft(need, Residency((True,) * len(need.blocks), 0, 0)) for need in needs)
-        phase_homes = [PhaseHomes([Tier.DEVICE] * len(need.blocks)) for need in needs]
-    else:
-        drafts = _drafts(needs, machine, limits, budget.device_bytes)
-        phase_homes = homes.assign(drafts, pinned_budget(machine, budget), budget.host_bytes)
-        if not limits.allow_disk:
-            _refuse_disk(drafts, phase_homes, machine, budget)
-    phases = tuple(_phase_plan(draft, home, machine) for draft, home in zip(drafts, phase_homes, strict=True))
-    strategy = "direct" if direct else "stream" if any(phase.streamed for phase in phases) else "phased"
-    plan = Plan(
-        strategy=strategy,
-        network=network.class_name,
-        network_fingerprint=network.fingerprint,
-        weight_bytes=network.weight_bytes,
-        device=machine.compute.torch_name,
-        device_name=machine.compute.name,
-        workload=workload,
-        limits=limits,
-        budget=budget,
-        phases=phases,
-        estimate=_whole_estimate(phases, together_bytes(needs) if direct else None),
-        rejected=reasons.rejected(strategy, needs, budget.device_bytes),
-        # What the host could spare says nothing about a plan that leaves it alone.
-        reasons=(budget_reasons[:1] if direct else budget_reasons) + reasons.sentences(drafts, phases, machine, limits),
-    )
-    return plan.check()
+    setting = setting_of(network, machine, workload, limits, tuple(formats), frozenset(abilities))
+    candidates = _candidates(setting)
+    for candidate in candidates:
+        judge.exclude(candidate, limits)
+    candidates = judge.one_of_each(candidates, setting.abilities)
+    chosen = judge.best_of(candidates, limits, setting.abilities)
+    if chosen is None:
+        raise _failure(candidates, setting)
+    return _written_down(chosen, candidates, setting).check()
 
 
 def smallest_budget_bytes(network: Network, machine: Machine, limits: Limits) -> int:
-    """The smallest device budget in bytes with which :func:`make_plan` finds a plan.
+    """The smallest device budget in bytes with which :func:`make_plan` finds a plan that changes no weight and switches on no variant.
 
     Every phase must hold its weights outside blocks, one slot for its largest block, and its activations. Where the only
     place outside the compute tier is a disk that may not be used, everything has to stay. Whether RAM beside an accelerator
@@ -82,90 +69,121 @@ def smallest_budget_bytes(network: Network, machine: Machine, limits: Limits) ->
     return max((need.smallest_bytes for need in needs), default=0)
 
 
-def _drafts(needs: Sequence[PhaseNeed], machine: Machine, limits: Limits, device_bytes: int) -> tuple[Draft, ...]:
-    drafts = []
-    for need in needs:
-        residency = choose(need.sizes_bytes, need.owners, device_bytes - need.fixed_bytes - need.activation_bytes)
-        if residency is None:
-            raise reasons.device_shortfall(needs, machine, limits, device_bytes)
-        drafts.append(Draft(need, residency))
-    return tuple(drafts)
+def _recipes(setting: Setting) -> list[Recipe]:
+    """Weights as stored, then every format: for all components, and for those of the heaviest phase alone."""
+    phases = setting.network.phases()
+    _, heaviest = max(phases, key=lambda phase: sum(c.weight_bytes for c in phase[1]), default=("", ()))
+    found = [AS_IS]
+    for one in setting.formats:
+        smaller = frozenset(c.name for c in setting.network.components if any(weigh(b, one).format for b in c.blocks))
+        scopes = dict.fromkeys((smaller, smaller & frozenset(c.name for c in heaviest)))
+        found += [Recipe(one, scope) for scope in scopes if scope]
+    return found
 
 
-def _refuse_disk(drafts: Sequence[Draft], phase_homes: Sequence[PhaseHomes], machine: Machine, budget: Budget) -> None:
-    needs = [draft.need for draft in drafts]
-    for need, phase in zip(needs, phase_homes, strict=True):
-        if Tier.DISK not in (phase.fixed, *phase.blocks):
-            continue
-        if machine.compute.unified:
-            raise reasons.only_disk_outside(need.name, needs, machine, budget.device_bytes)
-        outside_bytes = sum(_outside_bytes(d, h) for d, h in zip(drafts, phase_homes, strict=True))
-        raise reasons.host_shortfall(need.name, needs, machine, outside_bytes, budget.host_bytes)
+def _candidates(setting: Setting) -> list[Candidate]:
+    """All candidates, the simplest first; of those in a format only what may be chosen or compared with."""
+    found: list[Candidate] = []
+    for recipe in _recipes(setting):
+        ways = plain_candidates(setting, recipe, variants=True)
+        if "variants" not in setting.abilities and any(way.variants for way in ways):
+            ways = plain_candidates(setting, recipe, variants=False) + [way for way in ways if way.viable and way.variants]
+        beyond = (expert_candidate(setting, recipe), split_candidate(setting, recipe))
+        found += [way for way in ways if recipe is AS_IS or way.kind != "sequential"]
+        found += [way for way in beyond if way is not None]
+    cpu = cpu_candidate(setting)
+    return found if cpu is None else [*found, cpu]
 
 
-def _outside_bytes(draft: Draft, phase: PhaseHomes) -> int:
-    fixed_bytes = draft.need.fixed_bytes if phase.fixed is not Tier.DEVICE else 0
-    return fixed_bytes + sum(size for size, home in zip(draft.need.sizes_bytes, phase.blocks, strict=True) if home is not Tier.DEVICE)
+def _failure(candidates: Sequence[Candidate], setting: Setting) -> DoesNotFit:
+    """The error of the plainest candidate that failed, and as near misses those that fit and may not be used."""
+    barred = [c for c in candidates if c.viable]
+    remedies = {c.strategy: _remedy(c, setting) for c in barred}
+    misses = tuple(
+        NearMiss(c.strategy, c.estimate.device_peak_bytes, c.setting.budget.device_bytes, remedies[c.strategy])
+        for c in barred
+        if c.estimate is not None and not judge.permitted(c, setting.limits)
+    )
+    for kind in ("stream", "phased", "direct"):
+        for candidate in candidates:
+            if candidate.kind == kind and candidate.recipe is AS_IS and candidate.failure is not None:
+                return DoesNotFit(str(candidate.failure), (*candidate.failure.near_misses, *misses))
+    excluded = [c for c in candidates if c.reason.startswith("excluded")]
+    if excluded:
+        return DoesNotFit(
+            f"everything that fits is excluded ({excluded[0].strategy}: {excluded[0].reason}); permit it or grant more", misses
+        )
+    needs = phase_needs(setting.network, setting.limits)
+    return reasons.device_shortfall(needs, setting.machine, setting.limits, setting.budget.device_bytes)
 
 
-def _phase_plan(draft: Draft, phase: PhaseHomes, machine: Machine) -> PhasePlan:
+def _remedy(candidate: Candidate, setting: Setting) -> str:
+    if not judge.permitted(candidate, setting.limits):
+        return f"quality='{candidate.quality}'"
+    return f"a version that carries out {', '.join(sorted(candidate.requires - setting.abilities))}"
+
+
+def _written_down(chosen: Candidate, candidates: Sequence[Candidate], setting: Setting) -> Plan:
+    own = chosen.setting
+    budget = own.budget
+    if chosen.each_bytes:
+        budget = Budget(sum(chosen.each_bytes), budget.host_bytes, budget.disk_bytes, chosen.each_bytes)
+    phases = tuple(_phase_plan(d, h, f) for d, h, f in zip(chosen.drafts, chosen.homes, chosen.forecasts, strict=True))
+    assert chosen.estimate is not None  # whoever is viable has one
+    return Plan(
+        strategy=chosen.strategy,
+        network=setting.network.class_name,
+        network_fingerprint=setting.network.fingerprint,
+        weight_bytes=setting.network.weight_bytes,
+        device=own.machine.compute.torch_name,
+        device_name=own.machine.compute.name,
+        workload=setting.workload,
+        limits=setting.limits,
+        budget=budget,
+        phases=phases,
+        estimate=chosen.estimate,
+        rejected=_rejected(chosen, candidates, setting),
+        reasons=sentences.sentences(chosen, phases),
+        quality=chosen.quality,
+        devices=chosen.devices,
+        rates=replace(own.rates, op_seconds=()),
+    )
+
+
+def _rejected(chosen: Candidate, candidates: Sequence[Candidate], setting: Setting) -> tuple[Rejected, ...]:
+    told = judge.rejections(candidates, chosen, setting.limits, setting.abilities)
+    named = {r.strategy for r in told} | {chosen.strategy}
+    as_stored = [c.kind for c in candidates if c.recipe is AS_IS and c.viable and c.kind in reasons.STRATEGIES]
+    simplest = as_stored[0] if as_stored else ""
+    needs = phase_needs(setting.network, setting.limits)
+    plain = [r for r in reasons.rejected(simplest, needs, setting.budget.device_bytes) if r.strategy not in named]
+    order = {strategy: place for place, strategy in enumerate(reasons.STRATEGIES)}
+    first = sorted([r for r in (*told, *plain) if r.strategy in order], key=lambda r: order[r.strategy])
+    return (*first, *(r for r in told if r.strategy not in order))
+
+
+def _phase_plan(draft: Draft, homes: PhaseHomes, forecast: PhaseForecast) -> PhasePlan:
     need, residency = draft.need, draft.residency
+    count = len(need.blocks)
+    devices = draft.devices or (0,) * count
+    experts = homes.experts or [None] * count
     placements = tuple(
-        Placement(component=component, block=block.name, tier=Tier.DEVICE if stays else home, home=home, stored_bytes=size)
-        for (component, block), size, stays, home in zip(need.blocks, need.sizes_bytes, residency.resident, phase.blocks, strict=True)
+        Placement(component, block.name, Tier.DEVICE if stays else home, home, size, weight.format, device, bank)
+        for (component, block), size, stays, home, weight, device, bank in zip(
+            need.blocks, need.sizes_bytes, residency.resident, homes.blocks, need.weights, devices, experts, strict=True
+        )
     )
     return PhasePlan(
         name=need.name,
         components=tuple(component.name for component in need.components),
         fixed_bytes=need.fixed_bytes,
-        fixed_home=phase.fixed,
+        fixed_home=homes.fixed,
         slot_count=residency.slot_count,
         slot_bytes=residency.slot_bytes,
         activation_bytes=need.activation_bytes,
         placements=placements,
-        estimate=_phase_estimate(draft, phase, placements, machine),
-    )
-
-
-def _phase_estimate(draft: Draft, phase: PhaseHomes, placements: Sequence[Placement], machine: Machine) -> Estimate:
-    need, residency = draft.need, draft.residency
-    held = dict.fromkeys(Tier, 0)
-    moved = dict.fromkeys(Tier, 0)
-    held[phase.fixed] += need.fixed_bytes
-    for placement in placements:
-        held[placement.home] += placement.stored_bytes
-        moved[placement.tier] += placement.stored_bytes
-    resident_bytes = moved.pop(Tier.DEVICE)
-    return Estimate(
-        device_peak_bytes=need.fixed_bytes + resident_bytes + residency.slot_count * residency.slot_bytes + need.activation_bytes,
-        pinned_bytes=held[Tier.PINNED] + phase.ring_bytes,
-        ram_bytes=held[Tier.RAM],
-        disk_bytes=held[Tier.DISK],
-        streamed_bytes=sum(moved.values()),
-        transfer_s=_transfer_s(moved, machine),
-    )
-
-
-def _transfer_s(moved: dict[Tier, int], machine: Machine) -> float | None:
-    """Seconds that the copies of one pass take one after the other; None where a rate is not known."""
-    link_bytes, disk_bytes = moved[Tier.PINNED] + moved[Tier.RAM], moved[Tier.DISK]
-    seconds = 0.0
-    # What comes from disk also crosses the link, but behind a reader that is slower: the disk alone sets its time.
-    for nbytes, rate in ((link_bytes, machine.rates.h2d_bytes_per_s), (disk_bytes, machine.rates.disk_bytes_per_s)):
-        if nbytes and rate <= 0:
-            return None
-        seconds += nbytes / rate if nbytes else 0.0
-    return seconds
-
-
-def _whole_estimate(phases: Sequence[PhasePlan], together: int | None) -> Estimate:
-    parts = [phase.estimate for phase in phases]
-    times = [part.transfer_s for part in parts if part.transfer_s is not None]
-    return Estimate(
-        device_peak_bytes=max((part.device_peak_bytes for part in parts), default=0) if together is None else together,
-        pinned_bytes=sum(part.pinned_bytes for part in parts),
-        ram_bytes=sum(part.ram_bytes for part in parts),
-        disk_bytes=sum(part.disk_bytes for part in parts),
-        streamed_bytes=sum(part.streamed_bytes for part in parts),
-        transfer_s=sum(times) if len(times) == len(parts) else None,
+        estimate=forecast.estimate,
+        variant=need.variant,
+        expert_cache_bytes=draft.expert_cache_bytes,
+        passes=forecast.passes,
     )

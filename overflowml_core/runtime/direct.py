@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ class Direct:
         self.plan = plan
         self.network = network
         self.device = device
+        self._undo: list[Callable[[], None]] = []
 
     def attach(self, modules: Mapping[str, nn.Module], loading: Loading | None) -> Direct:
         """Bring in what the host left unread and move the modules to the device.
@@ -45,16 +46,23 @@ class Direct:
             back.pop_all()
         return self
 
+    def summary(self) -> str:
+        """The plan in words, for a terminal."""
+        return self.plan.summary()
+
     def report(self) -> Estimate:
         """What was measured: the peak of the device's allocator. On the CPU the weights are the host's own, and so is their memory."""
         measured = self.device.peak_bytes()
         return Estimate(device_peak_bytes=measured if not self.device.on_host else self.plan.estimate.device_peak_bytes)
 
-    def on_detach(self, undo: object) -> None:
-        """Nothing of a host's is changed under a direct plan."""
+    def on_detach(self, undo: Callable[[], None]) -> None:
+        """Have something of a host's undone when the plan is detached; the latest first."""
+        self._undo.append(undo)
 
     def detach(self) -> None:
-        """Nothing to give back: the weights stay where they are."""
+        """Undo what hosts registered. The weights stay where they are."""
+        while self._undo:
+            self._undo.pop()()
 
 
 _Parameters = list[tuple[nn.Parameter, torch.device]]

@@ -293,6 +293,10 @@ class Engine:
 
     # ---- report and end
 
+    def summary(self) -> str:
+        """The plan in words, for a terminal."""
+        return self.plan.summary()
+
     def report(self) -> Estimate:
         """What was measured since the attachment: peak of the device's allocator, and per pass what was streamed and waited for."""
         streamers = [phase.streamer for phase in self._phases]

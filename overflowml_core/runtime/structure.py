@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from overflowml_core.errors import Unsupported
-from overflowml_core.facts import Block, Component, TensorFact, tensors_fingerprint
+from overflowml_core.facts import Block, Component, Experts, TensorFact, tensors_fingerprint
 from overflowml_core.layout import align, slab_bytes
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -172,6 +172,20 @@ def dissect(module: nn.Module) -> Structure:
     return Structure(units, Unit("", None, tuple(fixed)), buffers)
 
 
+def own_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The blocks that :func:`dissect` finds, as (dotted path, module), in its order: those with weights that nobody shares with them.
+
+    Looks at no data and accepts every kind of parameter.
+    """
+    blocks = find_blocks(module)
+    block_of = _whereabouts(module, blocks)
+    homes: dict[int, set[str | None]] = {}
+    for _, inner, _, parameter in _walk(module):
+        homes.setdefault(id(parameter), set()).add(block_of.get(id(inner)))
+    owners = {next(iter(places)) for places in homes.values() if len(places) == 1}
+    return [(name, block) for name, block in blocks if name in owners]
+
+
 def _whereabouts(module: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict[int, str | None]:
     """By id of a module the only block that it lies in; None where it lies outside, or in several places."""
     found: dict[int, str | None] = {}
@@ -241,6 +255,7 @@ def describe_module(
         Unsupported: a parameter is a tensor subclass.
     """
     structure = dissect(module)
+    routing = _routing(module)
     blocks = tuple(
         Block(
             name=unit.name,
@@ -248,6 +263,8 @@ def describe_module(
             stored_bytes=sum(w.nbytes for w in unit.weights),
             slab_bytes=unit.slab_bytes,
             bytes_by_dtype=_by_dtype(unit.weights),
+            linear_count=sum(w.parameter.numel() for w in unit.weights if _is_linear(w)),
+            experts=_experts(unit, routing),
         )
         for unit in structure.blocks
     )
@@ -264,6 +281,47 @@ def describe_module(
         activation_source=activation_source,
         fingerprint=tensors_fingerprint(type(module).__name__, weight_facts(module)),
     )
+
+
+def _is_linear(weight: Weight) -> bool:
+    return all(isinstance(owner.module, nn.Linear) and owner.attribute == "weight" for owner in weight.owners)
+
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
+"""What configs call the size of a bank and how many of it a token uses (transformers 5.23, models/*/configuration_*.py)."""
+
+
+def _routing(module: nn.Module) -> tuple[int, int] | None:
+    """Experts in a bank and experts for a token, by the module's configuration; None where it names none."""
+    config = getattr(module, "config", None)
+    inner = getattr(config, "get_text_config", None)
+    config = inner() if callable(inner) else config
+    count, per_token = _first_count(config, _EXPERT_COUNTS), _first_count(config, _EXPERTS_PER_TOKEN)
+    return (count, per_token) if count > 1 and 0 < per_token <= count else None
+
+
+def _first_count(config: object, names: tuple[str, ...]) -> int:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), 0)
+
+
+def _experts(unit: Unit, routing: tuple[int, int] | None) -> Experts | None:
+    """The routed experts of a block: stacked along the first dimension of 3-D weights, or modules in a list of their number."""
+    if routing is None or unit.module is None:
+        return None
+    count, per_token = routing
+    stacked = {id(w.owners[0].module) for w in unit.weights if w.parameter.dim() == 3 and w.parameter.shape[0] == count}
+    # Biases of stacked experts lie beside them, and have the same first dimension.
+    nbytes = sum(w.nbytes for w in unit.weights if id(w.owners[0].module) in stacked and w.parameter.shape[:1] == (count,))
+    listed = {
+        id(parameter)
+        for inner in unit.module.modules()
+        if isinstance(inner, (nn.ModuleList, nn.ModuleDict)) and len(inner) == count and not stacked
+        for parameter in inner.parameters()
+    }
+    nbytes += sum(w.nbytes for w in unit.weights if id(w.parameter) in listed)
+    return Experts(count, nbytes // count, per_token) if nbytes else None
 
 
 def buffer_bytes(structure: Structure) -> int:

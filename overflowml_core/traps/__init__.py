@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from overflowml_core.traps.objection import Objection
+from overflowml_core.traps.catalog import CATALOG, avoided, findings, objections, trap_named
+from overflowml_core.traps.objection import ANYWHERE, Objection
+from overflowml_core.traps.page import traps_page
+from overflowml_core.traps.trap import Finding, Step, Surroundings, Trap
 
-__all__ = ["Objection"]
+__all__ = [
+    "ANYWHERE",
+    "CATALOG",
+    "Finding",
+    "Objection",
+    "Step",
+    "Surroundings",
+    "Trap",
+    "avoided",
+    "findings",
+    "objections",
+    "trap_named",
+    "traps_page",
+]

@@ -50,6 +50,25 @@ def overflowml_describe(source: object, workload: Workload, options: dict[str, o
 
 
 @hookimpl
+def overflowml_measure(source: object, network: Network, workload: Workload, options: dict[str, object]) -> Network | None:
+    """The passes of a diffusers pipeline or model, traced without data."""
+    if isinstance(source, (str, Path)):
+        from overflowml_core.inspect import kind_of_folder
+
+        kind = kind_of_folder(Path(source) / str(options.get("subfolder") or ""))
+        if kind not in ("diffusers-pipeline", "diffusers-model"):
+            return None
+        from overflowml_diffusers.describe import build_folder
+
+        source, _ = build_folder(Path(source), kind, options)
+    if not _is_pipeline(source) and not _is_model(source):
+        return None
+    from overflowml_diffusers.profile import measure_model, measure_pipeline
+
+    return (measure_pipeline if _is_pipeline(source) else measure_model)(source, network, workload)
+
+
+@hookimpl
 def overflowml_components(target: object) -> dict[str, object] | None:
     """The modules of a pipeline, in the order in which they run."""
     if not _is_pipeline(target):

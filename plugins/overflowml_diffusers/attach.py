@@ -51,9 +51,10 @@ class Placement:
 
 
 def after_attach(target: Any, attachment: Any) -> None:
-    """Set the execution device and guard what would move weights; both end with the attachment."""
+    """Set the execution device, switch on the variants that the plan chose, and guard what would move weights; all end with the attachment."""
     from diffusers import DiffusionPipeline
 
+    _turn_variants_on(target, attachment)
     if not isinstance(target, DiffusionPipeline):
         attachment.on_detach(guard(target, MODEL_MOVES, "model"))
         return
@@ -64,6 +65,19 @@ def after_attach(target: Any, attachment: Any) -> None:
         attachment.on_detach(_place(module, Placement(device, partial(attachment.enter, name))))
         attachment.on_detach(_guard_component(module, device, partial(attachment.recast, name)))
     attachment.on_detach(guard(target, PIPELINE_MOVES, "pipeline"))
+
+
+def _turn_variants_on(target: Any, attachment: Any) -> None:
+    from diffusers import DiffusionPipeline
+
+    from overflowml_diffusers.describe import ordered_modules
+    from overflowml_diffusers.variants import switches_of, turn_on
+
+    modules = ordered_modules(target) if isinstance(target, DiffusionPipeline) else {"model": target}
+    for phase in attachment.plan.phases:
+        for name in phase.components:
+            if phase.variant and name in modules and switches_of(modules[name]) >= set(phase.variant.split("+")):
+                attachment.on_detach(turn_on(modules[name], phase.variant))
 
 
 def _place(module: Any, placement: Placement) -> Callable[[], None]:

@@ -120,7 +120,24 @@ def estimate_activation_bytes(module: Any, workload: Workload) -> int:
 
 
 def describe_folder(folder: Path, kind: str, workload: Workload, options: dict[str, object]) -> Network:
-    """Describe a pipeline or model in a folder: built by the host's own loader, which leaves every weight unread.
+    """Describe a pipeline or model in a folder, with weights or with configurations alone.
+
+    Raises:
+        NotAModel: the host cannot build it.
+        BadCheckpoint: its files are broken.
+    """
+    built, config_only = build_folder(folder, kind, options)
+    network = describe_pipeline(built, workload) if kind == "diffusers-pipeline" else describe_model(built, workload)
+    source = f"{folder} (config only)" if config_only else str(folder)
+    return Network(network.components, source, network.class_name, network.fingerprint)
+
+
+def build_folder(folder: Path, kind: str, options: dict[str, object]) -> tuple[Any, bool]:
+    """The pipeline or model of a folder, without data: built by the host's own loader, which leaves every weight unread; where there are
+    no weights at all, out of its configurations.
+
+    Returns:
+        The pipeline or model, and whether there were only configurations.
 
     Raises:
         NotAModel: the host cannot build it.
@@ -128,8 +145,13 @@ def describe_folder(folder: Path, kind: str, workload: Workload, options: dict[s
     """
     import diffusers
 
+    from overflowml_diffusers import skeleton
     from overflowml_diffusers.host import check_model_source, check_pipeline_source
 
+    place = folder / str(options.get("subfolder") or "")
+    if skeleton.is_config_only(place, kind):
+        build = skeleton.build_pipeline if kind == "diffusers-pipeline" else skeleton.build_model
+        return build(place, options), True
     options = {name: value for name, value in options.items() if name != "output_loading_info"}
     loader = diffusers.DiffusionPipeline if kind == "diffusers-pipeline" else diffusers.AutoModel
     (check_pipeline_source if kind == "diffusers-pipeline" else check_model_source)(folder, dict(options))
@@ -141,5 +163,4 @@ def describe_folder(folder: Path, kind: str, workload: Workload, options: dict[s
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         first_line = str(error).strip().partition("\n")[0]
         raise NotAModel(folder, f"diffusers cannot build it ({type(error).__name__}: {first_line})") from error
-    network = describe_pipeline(built, workload) if kind == "diffusers-pipeline" else describe_model(built, workload)
-    return Network(network.components, str(folder), network.class_name, network.fingerprint)
+    return built, False

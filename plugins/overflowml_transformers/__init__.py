@@ -41,6 +41,26 @@ def overflowml_describe(source: object, workload: Workload, options: dict[str, o
 
 
 @hookimpl
+def overflowml_measure(source: object, network: Network, workload: Workload, options: dict[str, object]) -> Network | None:
+    """Run the model's own code on tensors without data, where the source is a transformers model."""
+    if isinstance(source, (str, Path)):
+        from overflowml_core.inspect import kind_of_folder
+
+        if kind_of_folder(Path(source) / str(options.get("subfolder") or "")) != "transformers":
+            return None
+        from overflowml_transformers.describe import pattern_of_folder
+        from overflowml_transformers.profile import measure_model
+
+        return measure_model(pattern_of_folder(Path(source), options), network, workload)
+    if not _is_model(source):
+        return None
+    from overflowml_transformers.describe import Pattern
+    from overflowml_transformers.profile import measure_model
+
+    return measure_model(Pattern.of(source), network, workload)
+
+
+@hookimpl
 def overflowml_attached(target: object, attachment: Attachment) -> None:
     """Tell transformers where the model runs, and guard what would move it."""
     if _is_model(target) and attachment.plan.managed:

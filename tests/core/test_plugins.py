@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from overflowml_core import builtin, plugins
 from overflowml_core.errors import BadPlan, OverflowmlError, PluginFault
-from overflowml_core.facts import Accelerator, HostMemory, Limits, Machine, Network, Rates, Workload
+from overflowml_core.facts import Accelerator, Component, HostMemory, Limits, Machine, Network, Rates, Workload
+from overflowml_core.formats import Format
 from overflowml_core.hookspecs import hookimpl
 from overflowml_core.plan import Budget, Estimate, PhasePlan, Plan
+from overflowml_core.traps import Objection
 
 NETWORK = Network((), "nowhere", "Nothing", "0")
 MACHINE = Machine((), HostMemory(2**34, 2**33, 2**32, 2), Rates(1e9, 1e9, 1e9), 2**40)
 PLAN = Plan("direct", "nowhere", "0", 0, "cpu", "CPU", Workload(), Limits(), Budget(2**30, 0, 0), (), Estimate())
+INT8 = Format("int8", 8.0, "minimal", 0.01)
 GPU = Accelerator("test", "a test", 0, 2**30, 2**30)
 
 
@@ -44,9 +48,54 @@ def test_hook_describe(manager):
     assert seen == [("here", {"dtype": 1})]
 
 
+def test_hook_measure(manager):
+    profiled = replace(NETWORK, source="profiled")
+    manager.register(plugin(measure=lambda network: profiled), "answers")
+    manager.register(plugin(measure=lambda source: None), "passes")
+    assert manager.measure("here", NETWORK, Workload(), {}) is profiled
+
+
+def test_a_profile_may_not_change_the_network(manager):
+    other = Component("model", "Model", (), 0, 0, (), "model", fingerprint="other")
+    manager.register(plugin(measure=lambda network: replace(network, components=(other,))), "liar")
+    with pytest.raises(PluginFault, match="liar, overflowml_measure: changed the network"):
+        manager.measure("here", NETWORK, Workload(), {})
+
+
+def test_hook_formats(manager):
+    manager.register(plugin(formats=lambda machine: [INT8]), "one")
+    manager.register(plugin(formats=lambda: None), "silent")
+    assert manager.formats(MACHINE) == (INT8,)
+
+
+def test_a_format_that_two_plugins_name_is_an_error_that_names_both(manager):
+    manager.register(plugin(formats=lambda: [INT8]), "one")
+    manager.register(plugin(formats=lambda: [INT8]), "other")
+    with pytest.raises(PluginFault, match=r"plugin one, overflowml_formats: names 'int8', which plugin other names too"):
+        manager.formats(MACHINE)
+
+
+def test_hook_objections(manager):
+    objection = Objection("trap", (("fp8", "*"),), "it crashes", "left out", "a source")
+    manager.register(plugin(objections=lambda plan: [objection]), "one")
+    manager.register(plugin(objections=lambda: None), "silent")
+    assert manager.objections(PLAN, NETWORK, MACHINE) == [objection]
+
+
+def test_hook_register_commands(manager, caplog):
+    seen = []
+    manager.register(plugin(register_commands=lambda app: seen.append(app)), "good")
+    manager.register(plugin(register_commands=_raise), "bad")
+    manager.register_commands("app")
+    assert seen == ["app"]
+    assert "plugin bad, overflowml_register_commands failed" in caplog.text
+
+
 def test_hook_plan(manager):
-    manager.register(plugin(plan=lambda limits: PLAN), "planner")
-    assert manager.plan(NETWORK, MACHINE, Workload(), Limits()) is PLAN
+    seen = []
+    manager.register(plugin(plan=lambda limits, formats, abilities: seen.append((formats, abilities)) or PLAN), "planner")
+    assert manager.plan(NETWORK, MACHINE, Workload(), Limits(), (INT8,), frozenset({"formats"})) is PLAN
+    assert seen == [((INT8,), frozenset({"formats"}))]
 
 
 def test_a_plugins_plan_is_checked(manager):

@@ -8,7 +8,8 @@ import pytest
 
 from overflowml_core.facts import Limits
 from overflowml_core.plan import Budget
-from overflowml_core.planner.memory import phase_needs, pinned_budget, resolve_budget
+from overflowml_core.planner.memory import pinned_budget, resolve_budget
+from overflowml_core.planner.needs import phase_needs
 from tests.planner.build import GIB, MIB, block, component, flux, machine, network
 
 

@@ -1,0 +1,100 @@
+"""``overflowml can-run``: one word, one line why, and an exit status for scripts: 0 yes, 1 no, 2 unknown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import typer
+
+from overflowml_core.cli import ending
+from overflowml_core.cli.options import JsonOption, Request, takes_request
+from overflowml_core.errors import DoesNotFit
+
+if TYPE_CHECKING:
+    from overflowml_core.cli.question import Question
+    from overflowml_core.plan import Plan
+
+_STATUS = {"yes": ending.YES, "no": ending.NO, "unknown": ending.WRONG_INPUT}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a model runs.
+
+    Attributes:
+        answer: "yes", "no" or "unknown".
+        why: one line, with numbers.
+        plan: how, where there is one.
+    """
+
+    answer: str
+    why: str
+    plan: Plan | None = None
+
+    @property
+    def status(self) -> int:
+        """The exit status that says the same."""
+        return _STATUS[self.answer]
+
+
+@takes_request
+def can_run(request: Request, as_json: JsonOption = False) -> None:
+    """Say whether a model runs here, or on another machine: exit status 0 yes, 1 no, 2 unknown or wrong input."""
+    from overflowml_core.cli.question import question_of
+
+    verdict = verdict_of(question_of(request))
+    if as_json:
+        typer.echo(json.dumps(_document(verdict), indent=2))
+    else:
+        from overflowml_core.cli.screen import Screen
+
+        Screen().text(f"{verdict.answer}: {verdict.why}")
+    raise typer.Exit(verdict.status)
+
+
+def verdict_of(question: Question) -> Verdict:
+    """Plan, and say what came of it."""
+    try:
+        plan = question.plan()
+    except DoesNotFit as error:
+        return Verdict("no", ending.in_options(str(error)))
+    unknown = question.unknown_activations
+    if unknown:
+        return Verdict(
+            "unknown", f"the weights fit as {plan.strategy}, but nobody knows the activations of {', '.join(unknown)}; give --reserve", plan
+        )
+    return Verdict("yes", _how(plan), plan)
+
+
+def _how(plan: Plan) -> str:
+    from overflowml_core.cli.alternatives import NOT_CARRIED_OUT, carried_out
+    from overflowml_core.cli.words import seconds_words, token_words
+    from overflowml_core.units import format_bytes
+
+    estimate = plan.estimate
+    parts = [
+        f"{plan.strategy} on {plan.device_name}",
+        f"{format_bytes(estimate.device_peak_bytes)} of {format_bytes(plan.budget.device_bytes)}",
+        "" if estimate.total_s is None else f"{seconds_words(estimate.total_s)} a unit of work",
+        token_words(estimate, plan.workload.batch),
+    ]
+    if plan.quality != "lossless":
+        parts.append(f"quality {plan.quality}")
+    return ", ".join(filter(None, parts)) + ("" if carried_out(plan) else f" {NOT_CARRIED_OUT}")
+
+
+def _document(verdict: Verdict) -> dict[str, object]:
+    plan = verdict.plan
+    return {
+        "answer": verdict.answer,
+        "exit_code": verdict.status,
+        "why": verdict.why,
+        "strategy": None if plan is None else plan.strategy,
+        "quality": None if plan is None else plan.quality,
+        "device_peak_bytes": None if plan is None else plan.estimate.device_peak_bytes,
+        "device_budget_bytes": None if plan is None else plan.budget.device_bytes,
+        "total_s": None if plan is None else plan.estimate.total_s,
+        "token_s": None if plan is None else plan.estimate.token_s,
+    }

@@ -1,0 +1,111 @@
+"""Prints to a terminal as wide as it is, in colours, and plainly into a pipe or a file. Decides nothing of what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import wrap
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
+
+_PLAIN_WIDTH = 100
+"""Columns of paragraphs where the output is no terminal; tables are as wide as they need to be there."""
+_NARROWEST = 20
+_GAP = "  "
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table: its heading, whether its cells are figures and stand to the right, and a style by rich's names."""
+
+    heading: str
+    figures: bool = False
+    style: str = ""
+
+
+def printable(text: str) -> str:
+    """The text without characters that would move a terminal's cursor or cannot be written; names come from files of strangers."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+class Screen:
+    """Where a command prints.
+
+    Args:
+        stderr: print to standard error.
+    """
+
+    def __init__(self, stderr: bool = False) -> None:
+        self._console = Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person looks on."""
+        return self._console.is_terminal
+
+    @property
+    def width(self) -> int:
+        """Columns that paragraphs may take."""
+        return max(_NARROWEST, self._console.width) if self.is_terminal else _PLAIN_WIDTH
+
+    def text(self, line: str = "", style: str = "") -> None:
+        """Print a line as it is; a terminal folds what is too long."""
+        self._console.print(Text(printable(line), style=style))
+
+    def heading(self, title: str) -> None:
+        """Print the title of a section."""
+        self.text(f"=== {title} ===", "bold")
+
+    def paragraph(self, text: str, indent: str = "", hanging: str = "", style: str = "") -> None:
+        """Print a text in lines of at most ``width``, the first one behind ``indent`` and the others behind ``hanging`` more."""
+        for line in wrap(printable(text), self.width, initial_indent=indent, subsequent_indent=indent + hanging, break_on_hyphens=False):
+            self._console.print(Text(line, style=style))
+
+    def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]], marks: Sequence[str] = (), indent: str = "") -> None:
+        """Print a table; where the terminal is too narrow for it, each row as a list of "heading: cell".
+
+        Args:
+            columns: headings and alignment.
+            rows: as many cells as columns, each.
+            marks: what stands behind each row.
+            indent: before each line.
+        """
+        cells = [[printable(cell) for cell in row] for row in rows]
+        notes = [printable(mark) for mark in marks] or [""] * len(cells)
+        widths = [max(cell_len(cell) for cell in (column.heading, *(row[i] for row in cells))) for i, column in enumerate(columns)]
+        if self.is_terminal and len(indent) + sum(widths) + len(_GAP) * (len(columns) - 1) > self.width:
+            self._stacked(columns, cells, notes, indent)
+            return
+        wide = self.width if self.is_terminal else 10**6
+        self._console.print(Text(indent) + _joined(columns, [c.heading for c in columns], widths, heading=True))
+        for row, note in zip(cells, notes, strict=True):
+            line = Text(indent) + _joined(columns, row, widths)
+            if note and line.cell_len + len(_GAP) + cell_len(note) <= wide:
+                line.append(_GAP + note, "bold green" if note.startswith("<-") else "dim")
+                note = ""
+            line.rstrip()
+            self._console.print(line)
+            if note:
+                self.paragraph(note, f"{indent}     ", style="bold green" if note.startswith("<-") else "dim")
+
+    def _stacked(self, columns: Sequence[Column], rows: Sequence[Sequence[str]], notes: Sequence[str], indent: str) -> None:
+        for row, note in zip(rows, notes, strict=True):
+            first, *others = [(c.heading, cell) for c, cell in zip(columns, row, strict=True) if cell]
+            self.paragraph(" ".join(filter(None, (f"{first[0]}{first[1]}" if first[0] == "#" else first[1], note))), indent, "  ", "bold")
+            for heading, cell in others:
+                self.paragraph(f"{heading}: {cell}", f"{indent}  ", "  ")
+
+
+def _joined(columns: Sequence[Column], cells: Sequence[str], widths: Sequence[int], heading: bool = False) -> Text:
+    line = Text()
+    for i, (column, cell, width) in enumerate(zip(columns, cells, widths, strict=True)):
+        filling = " " * (width - cell_len(cell))
+        line.append(_GAP if i else "")
+        line.append(filling if column.figures else "")
+        line.append(cell, "bold" if heading else column.style)
+        line.append("" if column.figures else filling)
+    if heading:
+        line.rstrip()
+    return line

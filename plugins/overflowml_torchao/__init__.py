@@ -1,0 +1,49 @@
+"""torchao's weight-only formats, as the planner needs to know them: bits, errors, and what decoding costs. Imports neither torch nor torchao."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from overflowml_core.formats import Format
+from overflowml_core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from overflowml_core.facts import Machine
+
+_ROW = 3072
+"""Elements of a row that share a scale: the width of FLUX.1-dev. Scales are what makes a format of 8 bits take a little more."""
+
+BITS = {"fp8": 8 + 32 / _ROW, "int8": 8 + 40 / _ROW, "int4": 4 + 32 / 128}
+"""Bits a weight: FP8 with a float32 scale a row, INT8 with a float32 scale and a zero point a row, INT4 with a scale and a zero point of 16 bits a
+group of 128. Counted from the inner tensors that torchao 0.18 makes."""
+
+RELATIVE_ERRORS = {"fp8": 0.0265, "int8": 0.0085, "int4": 0.0998}
+"""Root mean square error over root mean square of normally distributed weights, 3072 x 3072: measured with torchao 0.18's Float8WeightOnlyConfig and
+Int8WeightOnlyConfig, and with asymmetric rounding in groups of 128 for INT4."""
+
+CPU_DECODE_BYTES_PER_S = {"fp8": 0.55e9, "int8": 1.6e9}
+"""bfloat16 bytes decoded a second on two cores of a cloud machine with torchao 0.18: what a product of 512 x 3072 by 3072 x 3072 takes longer than in
+bfloat16. There is no INT4 kernel for every CPU, so INT4 is left out there."""
+
+_DECODED_SHARE_OF_TRAFFIC = 2 / 3
+"""A weight of one byte is read once and written once as two bytes before the product reads it: of three bytes that pass the memory two are decoded
+weights. What the product itself reads is counted by the cost model already."""
+
+
+@hookimpl
+def overflowml_formats(machine: Machine) -> list[Format]:
+    """FP8, INT8 and INT4 of linear weights; activations stay in their dtype."""
+    on_cpu = machine.compute.kind == "cpu"
+    decoded = machine.rates_of(0).memory_bytes_per_s * _DECODED_SHARE_OF_TRAFFIC
+    return [
+        Format(
+            name=name,
+            bits_per_weight=bits,
+            loss="any" if name == "int4" else "minimal",
+            relative_error=RELATIVE_ERRORS[name],
+            decode_bytes_per_s=CPU_DECODE_BYTES_PER_S[name] if on_cpu else decoded,
+            note="torchao weight-only",
+        )
+        for name, bits in BITS.items()
+        if not on_cpu or name in CPU_DECODE_BYTES_PER_S
+    ]

@@ -1,0 +1,169 @@
+"""The simulated engines: against figures reckoned by hand, and the quick loop against the full simulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from overflowml_core.planner.cost import Spent
+from overflowml_core.planner.machinery import Lane, Machinery, Move
+from overflowml_core.planner.pace import Pace, Quick, Stage, machinery_of, pace_of, steps_of
+from overflowml_core.planner.rounds import OUTSIDE, Part, Round
+from overflowml_core.work import PassProfile
+
+
+def part(seconds, outside_s=0.0) -> Part:
+    steps = (*range(len(seconds)), OUTSIDE)
+    return Part("m", PassProfile("denoise", 1, 0), steps, (*seconds, outside_s), Spent(sum(seconds) + outside_s, 0.0))
+
+
+def stage(resident, moves, slot_count, in_ram=False) -> Stage:
+    slots, kept = [], []
+    for stays, move in zip(resident, moves, strict=True):
+        slots.append(None if stays else (0, len(kept)))
+        if not stays:
+            kept.append(move)
+    return Stage(tuple(slots), (tuple(kept),), slot_count, in_ram=in_ram)
+
+
+def steady_s(seconds, moves, slot_count, resident=None, **options) -> float:
+    place = stage(resident or [False] * len(seconds), moves, slot_count, **options)
+    return pace_of([Round("denoise", 20, (part(seconds),))], place, 0.0, False).rounds[0].round_s
+
+
+@pytest.mark.parametrize(("copy", "compute"), [(1.0, 0.25), (0.25, 1.0), (1.0, 1.0)])
+def test_with_two_slots_a_pass_takes_the_longer_of_copies_and_products(copy, compute):
+    assert steady_s([compute] * 6, [Move(copy)] * 6, 2) == pytest.approx(6 * max(copy, compute))
+
+
+def test_with_one_slot_a_pass_takes_the_sum():
+    assert steady_s([0.5] * 6, [Move(1.0)] * 6, 1) == pytest.approx(6 * 1.5)
+
+
+def test_residents_between_streamed_blocks_hide_the_copies():
+    assert steady_s([0.5] * 12, [Move(1.0)] * 12, 2, [i % 2 == 0 for i in range(12)]) == pytest.approx(6.0)
+
+
+def test_leading_residents_do_not_hide_as_much():
+    assert steady_s([0.5] * 12, [Move(1.0)] * 12, 2, [i < 6 for i in range(12)]) > 6.5
+
+
+def test_an_odd_block_costs_one_wait_in_a_pass():
+    assert 5.0 < steady_s([1.0] * 5, [Move(1.0)] * 5, 2) <= 6.0
+
+
+def test_a_block_that_has_a_slot_of_its_own_is_copied_once():
+    """Of five blocks in three slots the third shares its slot with no other."""
+    place = stage([False] * 5, [Move(1.0)] * 5, 3)
+    assert pace_of([Round("denoise", 9, (part([0.1] * 5),))], place, 0.0, False).rounds[0].link_s == pytest.approx(4.0)
+
+
+def test_the_first_pass_finds_its_slots_full_and_a_phase_that_begins_finds_them_empty():
+    rounds = [Round("denoise", 1, (part([0.1] * 4),))]
+    place = stage([False] * 4, [Move(1.0)] * 4, 2)
+    assert pace_of(rounds, place, 0.0, False).total_s == pytest.approx(2.2)
+    # Empty slots, and two copies for a pass that does not come.
+    assert pace_of(rounds, place, 0.0, True).total_s == pytest.approx(6.0)
+    assert pace_of(rounds, place, 3.0, True).total_s == pytest.approx(9.0)
+
+
+def test_the_disk_reads_while_blocks_are_copied_and_computed():
+    moves = [Move(0.5, 1.0, 4)] * 6
+    assert steady_s([0.25] * 6, moves, 2) == pytest.approx(6.0)
+    assert steady_s([2.0] * 6, moves, 2) == pytest.approx(12.0)
+
+
+def test_in_ram_the_reader_is_the_copy_engine():
+    assert steady_s([0.25] * 6, [Move(0.0, 1.0)] * 6, 2, in_ram=True) == pytest.approx(6.0)
+    assert steady_s([0.25] * 6, [Move(0.0, 1.0)] * 6, 1, in_ram=True) == pytest.approx(7.5)
+
+
+def test_pageable_copies_hide_nothing_that_is_not_queued_yet():
+    """The host waits for the copy, and queues the next block behind it."""
+    pageable, pinned = [Move(1.0, blocks_host=True)] * 6, [Move(1.0)] * 6
+    assert steady_s([1.0] * 6, pageable, 2) == pytest.approx(12.0)
+    assert steady_s([1.0] * 6, pinned, 2) == pytest.approx(6.0)
+
+
+def test_a_block_from_disk_does_not_hold_up_one_from_ram():
+    """The reader takes 10 s for the second block; meanwhile the third is copied, for its slot is free."""
+    events = []
+    lanes = [Lane([Move(1.0), Move(1.0, 10.0), Move(1.0)], 3)]
+    Machinery(lanes, record=lambda *event: events.append(event)).run([(0, k, 1.0, k) for k in range(3)])
+    copies = {k: (start, end) for engine, _, k, start, end in events if engine == "link"}
+    assert copies[2] == (1.0, 2.0)
+    assert copies[1] == (10.0, 11.0)
+
+
+SECONDS = st.integers(0, 12).map(lambda n: n / 4)
+
+
+@st.composite
+def rows(draw):
+    count = draw(st.integers(1, 9))
+    in_ram = draw(st.booleans())
+    seconds = draw(st.lists(SECONDS, min_size=count, max_size=count))
+    copies = draw(st.lists(SECONDS.map(lambda s: s + 0.25), min_size=count, max_size=count))
+    moves = [Move(0.0, c) if in_ram else Move(c) for c in copies]
+    resident = draw(st.lists(st.booleans(), min_size=count, max_size=count))
+    if all(resident):
+        resident[0] = False
+    slot_count = draw(st.integers(1, resident.count(False)))
+    return part(seconds, draw(SECONDS)), stage(resident, moves, slot_count, in_ram)
+
+
+@settings(max_examples=400, deadline=None)
+@given(rows(), st.booleans(), SECONDS)
+def test_the_quick_loop_gives_the_same_times_as_the_simulation(row, filled, start_s):
+    one, place = row
+    copies = [max(move.link_s, move.disk_s) for move in place.moves[0]]
+    quick = Quick(copies, place.slot_count, start_s, filled=filled, in_ram=place.in_ram)
+    full = machinery_of(place, start_s, not filled)
+    for _ in range(5):
+        quick.run_part(one, place)
+        full.run(steps_of(one, place))
+        assert quick.compute_s == pytest.approx(full.compute_s)
+    assert quick.drain() == pytest.approx(full.drain())
+    assert quick.link_s + quick.disk_s == pytest.approx(full.link_s + full.disk_s)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows(), st.integers(1, 40))
+def test_multiplied_passes_take_what_simulated_ones_take(row, count):
+    one, place = row
+    full = machinery_of(place, 0.0, False)
+    for _ in range(count):
+        full.run(steps_of(one, place))
+    pace = pace_of([Round("denoise", count, (one,))], place, 0.0, False)
+    # Only where waits come back every few passes is the mean of some of them not the mean of all.
+    assert pace.total_s == pytest.approx(full.compute_s, rel=0.02, abs=1e-9)
+    assert pace.total_s == pytest.approx(full.compute_s) or count > 8
+
+
+@settings(max_examples=200, deadline=None)
+@given(rows(), st.integers(1, 12))
+def test_a_pass_is_never_faster_than_its_computing_or_its_copies(row, count):
+    one, place = row
+    pace: Pace = pace_of([Round("denoise", count, (one,))], place, 0.0, False)
+    first = pace.rounds[0]
+    assert first.round_s >= one.spent.total_s - 1e-9
+    assert pace.total_s >= count * one.spent.total_s - 1e-9
+    assert first.round_s >= first.link_s + first.disk_s - 1e-6 or count < 4
+
+
+@settings(max_examples=100, deadline=None)
+@given(rows(), st.integers(2, 6))
+def test_rounds_of_several_parts_are_the_same_as_one_row(row, split):
+    """A phase of two components is one row of blocks."""
+    one, place = row
+    blocks = len(one.steps) - 1
+    cut = min(split, blocks)
+    left = replace(one, steps=one.steps[:cut], seconds=one.seconds[:cut])
+    right = replace(one, steps=one.steps[cut:], seconds=one.seconds[cut:])
+    whole = pace_of([Round("denoise", 7, (one,))], place, 0.0, False)
+    parts = pace_of([Round("denoise", 7, (left, right))], place, 0.0, False)
+    assert parts.total_s == pytest.approx(whole.total_s)
+    assert sum(parts.rounds[0].part_s) == pytest.approx(whole.rounds[0].round_s)
