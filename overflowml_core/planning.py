@@ -100,7 +100,7 @@ def timeline(plan: Plan, network: Network, machine: Machine) -> Timeline:
     """What computes, copies and is held when, by the cost model."""
     from overflowml_core.planner import timeline_of
 
-    return timeline_of(plan, network, machine)
+    return timeline_of(plan, network, machine, plugins().formats(machine))
 
 
 _OPERATIONS_S = 60.0

@@ -124,6 +124,6 @@ def check_path(path: Path) -> None:
         NotAModel: always, unless it is a folder.
     """
     if not path.exists():
-        raise NotAModel(path, "the path does not exist; give a local folder (download a Hub repository first)")
+        raise NotAModel(path, "the path does not exist; give the folder of a model")
     if path.is_file():
         raise NotAModel(path, "this is a file; give the folder that holds config.json or model_index.json")

@@ -18,6 +18,7 @@ _FACTORS = {
     "tib": 2**40,
 }
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]+)\s*", re.ASCII)
+_PLAIN = re.compile(r"\s*[0-9]{1,20}(\.[0-9]+)?\s*", re.ASCII)
 _LARGEST_BYTES = 2**60
 _SMALLEST_PLAIN_BYTES = 2**20
 
@@ -43,6 +44,8 @@ def parse_bytes(size: int | str, what: str = "size") -> int:
             raise BadSize(what, size, why="a plain number is read as bytes")
     else:
         match = _SIZE.fullmatch(size)
+        if _PLAIN.fullmatch(size) is not None:
+            raise BadSize(what, size, why="it has no unit")
         if match is None or match[2].lower() not in _FACTORS or len(match[1]) > 20:
             raise BadSize(what, size)
         nbytes = int(float(match[1]) * _FACTORS[match[2].lower()])

@@ -10,6 +10,11 @@ from overflowml_core.plan import Estimate, Plan, Rejected
 RECOMMENDED = "<- recommended"
 NOT_CARRIED_OUT = "(not carried out by this version)"
 
+_ABILITIES = {"experts": "experts", "devices": "devices", "cpu": "devices"}
+"""What a kind of strategy needs beyond residency and streaming, as plugins and the session name it."""
+_VARIANTS = ("slicing", "tiling", "slicing+tiling")
+"""What stands in a strategy's name and is no format."""
+
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
@@ -42,9 +47,11 @@ class Alternative:
 def alternatives(plan: Plan) -> tuple[Alternative, ...]:
     """The plan and all others that would run within the limits, the fastest first; those without a time are last."""
     ways: list[tuple[str, Estimate | None, str, bool, bool, str]] = [
-        (plan.strategy, plan.estimate, plan.quality, True, carried_out(plan), "")
+        (plan.strategy, plan.estimate, plan.quality, True, carried_out(plan.strategy), "")
     ]
-    ways += [(r.strategy, r.estimate, r.quality, False, r.carried_out, r.reason) for r in plan.rejected if r.viable]
+    ways += [
+        (r.strategy, r.estimate, r.quality, False, r.carried_out and carried_out(r.strategy), r.reason) for r in plan.rejected if r.viable
+    ]
     times = [None if estimate is None else estimate.total_s for _, estimate, *_ in ways]
     rows = [
         (seconds, Alternative(strategy, speed, estimate, quality, chosen, done, reason))
@@ -59,17 +66,11 @@ def refused(plan: Plan) -> tuple[Rejected, ...]:
     return tuple(r for r in plan.rejected if not r.viable)
 
 
-def carried_out(plan: Plan) -> bool:
-    """Whether this version carries a plan out, and does not only forecast it."""
+def carried_out(strategy: str) -> bool:
+    """Whether this version carries out a strategy of this name, and does not only forecast it."""
     from overflowml_core import session
 
-    needs = set()
-    if plan.formats:
-        needs.add("formats")
-    if any(p.experts_home is not None for p in plan.placements()):
-        needs.add("experts")
-    if len(plan.devices) > 1:
-        needs.add("devices")
-    if any(phase.variant for phase in plan.phases):
-        needs.add("variants")
+    kind, *rest = strategy.split()
+    needs = {_ABILITIES[kind]} if kind in _ABILITIES else set()
+    needs |= {"variants" if word in _VARIANTS else "formats" for word in rest}
     return needs <= session.abilities_of(False)

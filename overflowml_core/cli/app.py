@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 from overflowml_core.cli import activate, calibrate, can_run, demonstration, detect, doctor, ending, explain, plan
 
-_log = logging.getLogger("overflowml")
-
 
 def _markup() -> str | None:
     # Panels are for people; what is piped stays plain, and starts faster.
-    return "rich" if sys.stdout.isatty() else None
+    return "rich" if sys.stdout is not None and sys.stdout.isatty() else None
 
 
 app = typer.Typer(
@@ -44,19 +42,19 @@ def _options(
     """Run AI models larger than the GPU, with a plan that can be read first."""
 
 
-_COMMANDS = {
-    "plan": plan.plan,
-    "can-run": can_run.can_run,
-    "explain": explain.explain,
-    "detect": detect.detect,
-    "calibrate": calibrate.calibrate,
-    "doctor": doctor.doctor,
-    "activate": activate.activate,
-    "deactivate": activate.deactivate,
-    "demo": demonstration.demo,
+_COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
+    "plan": (plan.plan, "Show where every weight would live, and how long it takes."),
+    "can-run": (can_run.can_run, "Say whether a model runs: status 0, 1 or 2."),
+    "explain": (explain.explain, "Say why a saved plan is as it is."),
+    "detect": (detect.detect, "Show this machine as plans see it."),
+    "calibrate": (calibrate.calibrate, "Measure this machine's rates."),
+    "doctor": (doctor.doctor, "Examine this environment."),
+    "activate": (activate.activate, "Install the hosts in every interpreter here."),
+    "deactivate": (activate.deactivate, "Take back what activate did."),
+    "demo": (demonstration.demo, "Run two real models under a budget."),
 }
-for _name, _command in _COMMANDS.items():
-    app.command(_name, epilog=ending.EPILOG)(_command)
+for _name, (_command, _words) in _COMMANDS.items():
+    app.command(_name, short_help=_words, epilog=ending.EPILOG)(_command)
 
 
 def _add_plugins_commands(arguments: list[str]) -> None:

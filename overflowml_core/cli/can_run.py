@@ -82,7 +82,7 @@ def _how(plan: Plan) -> str:
     ]
     if plan.quality != "lossless":
         parts.append(f"quality {plan.quality}")
-    return ", ".join(filter(None, parts)) + ("" if carried_out(plan) else f" {NOT_CARRIED_OUT}")
+    return ", ".join(filter(None, parts)) + ("" if carried_out(plan.strategy) else f" {NOT_CARRIED_OUT}")
 
 
 def _document(verdict: Verdict) -> dict[str, object]:

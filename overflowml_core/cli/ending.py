@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -42,8 +44,8 @@ _OPTION_OF = (
 
 
 def ended(command: Callable[[], object], arguments: Sequence[str]) -> int:
-    """Run a command and give its exit status. Errors of the project are one line on standard error; with ``--json`` among the arguments they
-    are a JSON object on standard output.
+    """Run a command and give its exit status. Errors of the project are one line on standard error, or a JSON
+    object on standard output with ``--json`` among the arguments.
 
     Args:
         command: raises what typer raises without its stand-alone mode; returns its status, or None for 0.
@@ -62,9 +64,9 @@ def ended(command: Callable[[], object], arguments: Sequence[str]) -> int:
         return WRONG_INPUT
     except OverflowmlError as error:
         status = NO if isinstance(error, DoesNotFit) else WRONG_INPUT
-        return (
-            _print_json(in_options(str(error)), type(error).__name__, status, **_misses(error)) if as_json else _print_line(error, status)
-        )
+        if as_json:
+            return _print_json(in_options(str(error)), type(error).__name__, status, **_misses(error))
+        return _print_line(error, status)
     except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("overflowml: interrupted\n")
         return INTERRUPTED
@@ -73,10 +75,19 @@ def ended(command: Callable[[], object], arguments: Sequence[str]) -> int:
     except SystemExit as asked:
         # Rich and click turn a closed output into a status of 1.
         return _closed() if isinstance(asked.__context__, BrokenPipeError) else _status_of(asked)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            return _fault(error, as_json)
+        _closed()
+        sys.stderr.write(f"overflowml: the output cannot be written ({error.strerror}); make room, or write it elsewhere\n")
+        return WRONG_INPUT
     except Exception as error:  # noqa: BLE001 -- the last resort: whatever it is, the status must not read like an answer
-        traceback.print_exc()
-        message = f"{type(error).__name__}: {error}"
-        return _print_json(message, "internal", INTERNAL_FAULT) if as_json else INTERNAL_FAULT
+        return _fault(error, as_json)
+
+
+def _fault(error: Exception, as_json: bool) -> int:
+    traceback.print_exc()
+    return _print_json(f"{type(error).__name__}: {error}", "internal", INTERNAL_FAULT) if as_json else INTERNAL_FAULT
 
 
 def in_options(message: str) -> str:
@@ -89,7 +100,11 @@ def in_options(message: str) -> str:
 def _print_line(error: OverflowmlError, status: int) -> int:
     from overflowml_core.cli.screen import Screen
 
-    Screen(stderr=True).text(f"overflowml: {in_options(str(error))}")
+    screen, line = Screen(stderr=True), f"overflowml: {in_options(str(error))}"
+    if screen.is_terminal:
+        screen.paragraph(line, hanging="  ")
+    else:
+        screen.text(line)  # one line, for whoever searches it
     return status
 
 
@@ -118,11 +133,14 @@ def _status_of(asked: SystemExit) -> int:
 
 def _closed() -> int:
     # The interpreter flushes once more on its way out, and would complain.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file behind it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return CLOSED_OUTPUT
 
 
 def _keep_printable() -> None:
+    if sys.stdout is None:  # started with its output closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 -- for as long as the process lives
     # A pipe on Windows may know 256 characters alone; a name in another script must not end the command.
     for stream in (sys.stdout, sys.stderr):
         reconfigure = getattr(stream, "reconfigure", None)

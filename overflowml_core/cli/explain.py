@@ -21,9 +21,7 @@ _LARGEST_FILE_BYTES = 64 * 2**20
 
 
 def explain(
-    file: Annotated[
-        str, typer.Argument(metavar="PLAN.json", help="A plan that 'plan --save' or 'plan --json' wrote; - reads standard input.")
-    ],
+    file: Annotated[str, typer.Argument(metavar="PLAN.json", help="A plan as 'plan --save' writes it; - reads standard input.")],
     as_json: JsonOption = False,
 ) -> None:
     """Say why this plan, why not the others, and what a larger card, more RAM or a faster link would buy."""
@@ -53,24 +51,14 @@ def explanation(plan: Plan) -> dict[str, Any]:
     from overflowml_core.cli.alternatives import alternatives, refused
 
     document = json.loads(plan.to_json(indent=None))
-    ways = [
-        {
-            "strategy": w.strategy,
-            "speed": w.speed,
-            "quality": w.quality,
-            "chosen": w.chosen,
-            "carried_out": w.carried_out,
-            "reason": w.reason,
-        }
-        for w in alternatives(plan)
-    ]
+    told = ("strategy", "speed", "quality", "chosen", "carried_out", "reason")
     return {
         "fingerprint": plan.fingerprint,
         "strategy": plan.strategy,
         "quality": plan.quality,
         "estimate": document["estimate"],
         "reasons": list(plan.reasons),
-        "viable": ways,
+        "viable": [{name: getattr(way, name) for name in told} for way in alternatives(plan)],
         "rejected": [{"strategy": r.strategy, "reason": r.reason} for r in refused(plan)],
         "traps": document["traps"],
         "outlook": document["outlook"],
@@ -96,12 +84,14 @@ def show_explanation(screen: Screen, plan: Plan) -> None:
     screen.text()
     others = [way for way in alternatives(plan) if not way.chosen]
     if others:
-        screen.heading("Why not the others that would run")
+        screen.heading("Why not the others")
         for way in others:
             screen.paragraph(f"{way.strategy}: {way.reason}", "  ", "  ")
         screen.text()
     show_refused(screen, plan)
-    show_traps(screen, plan)
+    if plan.traps:
+        show_traps(screen, plan)
+        screen.text()
     _show_outlook(screen, plan)
 
 
@@ -112,7 +102,8 @@ def _show_outlook(screen: Screen, plan: Plan) -> None:
 
     screen.heading("What another machine would buy")
     if not plan.outlook:
-        screen.paragraph("This plan holds no outlook: 'overflowml plan SOURCE --save FILE' writes one with it.", "  ", "  ")
+        nothing = "Nothing: a larger card, more RAM or a faster link would change neither strategy nor time"
+        screen.paragraph(f"{nothing} (or the plan was made in Python, where nobody asked).", "  ", "  ")
         return
     columns = (Column("With"), Column("Strategy", style="bold"), Column("VRAM", figures=True), Column("Time", figures=True), Column("Gain"))
     rows = [

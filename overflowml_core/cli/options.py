@@ -34,9 +34,7 @@ class Request:
     ] = None
     ram: Annotated[
         str | None,
-        typer.Option(
-            help=f"RAM for weights that wait outside the device, {_SIZE}; with --gpu all RAM of that machine.", rich_help_panel=_LIMITS
-        ),
+        typer.Option(help=f"RAM for weights outside the device, {_SIZE}; with --gpu all RAM of that machine.", rich_help_panel=_LIMITS),
     ] = None
     reserve: Annotated[
         str | None,
@@ -50,9 +48,7 @@ class Request:
             rich_help_panel=_LIMITS,
         ),
     ] = "minimal"
-    no_quantize: Annotated[bool, typer.Option("--no-quantize", help="Leave all weights as they are stored.", rich_help_panel=_LIMITS)] = (
-        False
-    )
+    no_quantize: Annotated[bool, typer.Option("--no-quantize", help="Convert no weights.", rich_help_panel=_LIMITS)] = False
     no_disk: Annotated[bool, typer.Option("--no-disk", help="Let no weight wait on disk.", rich_help_panel=_LIMITS)] = False
     gpu: Annotated[
         str | None,

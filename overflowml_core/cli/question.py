@@ -126,9 +126,7 @@ def _network(request: Request, workload: Workload, forecast: bool) -> Network:
         total_b, active_b, experts, per_token = request.moe
         return session.describe_moe(total_b, active_b, experts, per_token, source_size(request.source, "SOURCE"), workload)
     if request.dtype is not None and forecast:
-        raise OverflowmlError(
-            f"--dtype={request.dtype!r}: {request.source} has no weights that could be cast; leave it out"
-        )
+        raise OverflowmlError(f"--dtype={request.dtype!r}: {request.source} has no weights that could be cast; leave it out")
     options = {} if request.dtype is None else {"torch_dtype": _torch_dtype(request.dtype)}
     return session.describe(request.source, workload, options)
 

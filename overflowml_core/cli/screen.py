@@ -92,10 +92,14 @@ class Screen:
 
     def _stacked(self, columns: Sequence[Column], rows: Sequence[Sequence[str]], notes: Sequence[str], indent: str) -> None:
         for row, note in zip(rows, notes, strict=True):
-            first, *others = [(c.heading, cell) for c, cell in zip(columns, row, strict=True) if cell]
-            self.paragraph(" ".join(filter(None, (f"{first[0]}{first[1]}" if first[0] == "#" else first[1], note))), indent, "  ", "bold")
-            for heading, cell in others:
-                self.paragraph(f"{heading}: {cell}", f"{indent}  ", "  ")
+            pairs = [(column, cell) for column, cell in zip(columns, row, strict=True) if cell]
+            # A row is titled by its number and by what stands out in the table, or by its first cell.
+            titles = [(c, cell) for c, cell in pairs if c.heading == "#" or c.style] or pairs[:1]
+            title = " ".join(f"#{cell}" if column.heading == "#" else cell for column, cell in titles)
+            self.paragraph(f"{title} {note}".rstrip(), indent, "  ", "bold")
+            for column, cell in pairs:
+                if (column, cell) not in titles:
+                    self.paragraph(f"{column.heading}: {cell}", f"{indent}  ", "  ")
 
 
 def _joined(columns: Sequence[Column], cells: Sequence[str], widths: Sequence[int], heading: bool = False) -> Text:

@@ -7,6 +7,7 @@ from overflowml_core.cli.screen import Column, Screen
 from overflowml_core.cli.words import (
     RISKS,
     hardware_words,
+    memory_heading,
     seconds_words,
     strategy_words,
     token_words,
@@ -17,15 +18,6 @@ from overflowml_core.cli.words import (
 from overflowml_core.machine import Machine
 from overflowml_core.plan import Plan
 from overflowml_core.units import format_bytes
-
-_COLUMNS = (
-    Column("#", figures=True),
-    Column("Speed"),
-    Column("Strategy", style="bold"),
-    Column("Est VRAM", figures=True),
-    Column("Quality risk"),
-    Column("Time", figures=True),
-)
 
 
 def show_comparison(screen: Screen, plan: Plan, machine: Machine, source: str) -> None:
@@ -52,7 +44,15 @@ def show_alternatives(screen: Screen, plan: Plan) -> None:
     ways = alternatives(plan)
     batch = plan.workload.batch
     answers = any(token_words(way.estimate, batch) for way in ways)
-    columns = (*_COLUMNS, Column("Answers", figures=True)) if answers else _COLUMNS
+    columns = [
+        Column("#", figures=True),
+        Column("Speed"),
+        Column("Strategy", style="bold"),
+        Column(memory_heading(plan), figures=True),
+        Column("Quality risk"),
+        Column("Time", figures=True),
+    ]
+    columns += [Column("Answers", figures=True)] if answers else []
     rows = [(*_cells(i, way), *((token_words(way.estimate, batch),) if answers else ())) for i, way in enumerate(ways, 1)]
     screen.table(columns, rows, [way.mark for way in ways])
     work = work_words(plan)

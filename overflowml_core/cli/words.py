@@ -63,6 +63,11 @@ def seconds_words(seconds: float | None) -> str:
     return f"{hours:.0f} h {rest // 60:02.0f} min"
 
 
+def memory_heading(plan: Plan) -> str:
+    """What the memory of the compute tier is called."""
+    return "Est RAM" if plan.device == "cpu" and plan.kind != "cpu" else "Est VRAM"
+
+
 def vram_words(strategy: str, estimate: Estimate | None) -> str:
     """What a way takes of the device: "none" where the CPU computes in the place of one, a question mark where nobody knows."""
     if strategy.partition(" ")[0] == "cpu":

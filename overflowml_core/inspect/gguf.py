@@ -23,8 +23,8 @@ Metadata: TypeAlias = Mapping[str, Value | LongValue]
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MOST_TENSORS = 2**18
-"""The largest models have a few thousand, since experts are stacked; a hundred times that is either damage or malice."""
+_MOST_TENSORS = 2**16
+"""The largest models have one or two thousand, since experts are stacked; thirty times that is either damage or malice."""
 
 _MOST_KEYS = 2**16
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS of ggml.h

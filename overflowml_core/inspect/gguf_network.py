@@ -12,6 +12,7 @@ from overflowml_core.analytic import Attention, LanguageShape, Layer, Routed, la
 from overflowml_core.errors import BadCheckpoint, NotAModel
 from overflowml_core.facts import Block, Experts, Network, TensorFact, Workload, network_fingerprint
 from overflowml_core.inspect.gguf import GgufModel, open_gguf
+from overflowml_core.inspect.gguf_cursor import LongValue, Value
 from overflowml_core.inspect.image_shapes import image_component
 from overflowml_core.inspect.tensor_groups import ComponentName, TensorGroup, element_count, make_block, make_component
 
@@ -35,26 +36,37 @@ class _Keys:
     layers: int
 
     def whole(self, key: str, default: int = 0) -> int:
-        """A count under ``<architecture>.<key>``; the largest where there is one for each layer."""
-        return max(self.each(key, default), default=default)
+        """A count under ``<architecture>.<key>``; the largest where there is one for each layer.
 
-    def each(self, key: str, default: int = 0) -> tuple[int, ...]:
-        """A count for every layer.
+        Raises:
+            BadCheckpoint: it is no count below 2**31.
+        """
+        value = self.model.metadata.get(f"{self.architecture}.{key}", default)
+        return max(self._counts(key, value if isinstance(value, tuple) else (value,)), default=default)
+
+    def each(self, key: str) -> tuple[int, ...]:
+        """A count for every layer, 0 where nobody said.
 
         Raises:
             BadCheckpoint: it is no count below 2**31, or there are not as many as layers.
         """
-        value = self.model.metadata.get(f"{self.architecture}.{key}", default)
-        found = value if isinstance(value, tuple) else (value,) * max(self.layers, 1)
-        counts = tuple(int(count) for count in found if isinstance(count, int) and 0 <= count < 2**31)
-        if len(counts) < max(len(found), self.layers):
-            shown = f"{value}"[:80]
-            raise BadCheckpoint(
-                self.model.files[0],
-                f"{self.architecture}.{key} is {shown}; expected a whole number below 2**31, or one for each of {self.layers} blocks",
-                _AGAIN,
-            )
+        value = self.model.metadata.get(f"{self.architecture}.{key}", 0)
+        if not isinstance(value, tuple):
+            return self._counts(key, (value,)) * self.layers
+        if len(value) < self.layers:
+            raise self._unfit(key, value)
+        return self._counts(key, value)
+
+    def _counts(self, key: str, values: tuple[Value | LongValue, ...]) -> tuple[int, ...]:
+        counts = tuple(int(value) for value in values if isinstance(value, int) and 0 <= value < 2**31)
+        if len(counts) < len(values):
+            raise self._unfit(key, values if len(values) > 1 else values[0])
         return counts
+
+    def _unfit(self, key: str, value: object) -> BadCheckpoint:
+        shown = f"{self.architecture}.{key} is {str(value)[:80]}"
+        expected = f"expected a whole number below 2**31, or one for each of {self.layers} blocks"
+        return BadCheckpoint(self.model.files[0], f"{shown}; {expected}", _AGAIN)
 
 
 def network_of_gguf(path: str | os.PathLike[str], workload: Workload) -> Network:
@@ -103,9 +115,8 @@ def _split(tensors: Sequence[TensorFact]) -> tuple[tuple[TensorGroup, ...], Tens
         else:
             layers.setdefault((tensor.name[: match.start(1)], int(match[1])), []).append(tensor)
     order = sorted(layers, key=lambda key: (not key[0].startswith("enc"), *key))
-    return tuple(TensorGroup(f"{prefix}{number}", tuple(layers[prefix, number])) for prefix, number in order), TensorGroup(
-        "", tuple(outside)
-    )
+    groups = tuple(TensorGroup(f"{prefix}{number}", tuple(layers[prefix, number])) for prefix, number in order)
+    return groups, TensorGroup("", tuple(outside))
 
 
 def _block_count(model: GgufModel, architecture: str, groups: Sequence[TensorGroup]) -> int:
@@ -151,9 +162,8 @@ def _language_shape(keys: _Keys, groups: Sequence[TensorGroup], outside: TensorG
     width = keys.whole("embedding_length") or (embedding.shape[-1] if embedding is not None and embedding.shape else 0)
     if not width:
         raise BadCheckpoint(keys.model.files[0], f"{keys.architecture}.embedding_length is missing, and so is token_embd.weight", _AGAIN)
-    generates = keys.model.metadata.get(f"{keys.architecture}.attention.causal") is not False and not groups[0].name.startswith(
-        ("v.", "enc.")
-    )
+    encoder = groups[0].name.startswith(("v.", "enc."))
+    generates = not encoder and keys.model.metadata.get(f"{keys.architecture}.attention.causal") is not False
     head = named.get("output.weight", embedding)
     head_count = element_count(head.shape) if head is not None and generates else 0
     attention = _attention(keys, width, generates)
@@ -214,7 +224,7 @@ def _layer(keys: _Keys, group: TensorGroup, block: Block, attention: Attention |
     keys_made = "attn_k.weight" in names or any(name.startswith("attn_kv_") for name in names)
     has_attention = keys_made or ("attn_qkv.weight" in names and not recurrent)
     members = _expert_tensors(group)
-    matrices = [tensor for tensor in group.tensors if len(tensor.shape) == 2 and tensor not in members]
+    matrices = [tensor for tensor in group.tensors if len(tensor.shape) > 1 and tensor not in members]
     bank, routed = block.experts, None
     if bank is not None:
         routed = Routed(bank.count, bank.per_token, sum(element_count(t.shape) for t in members) // bank.count, bank.nbytes)

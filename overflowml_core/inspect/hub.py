@@ -18,9 +18,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from overflowml_core.errors import BadCheckpoint, NotAModel, UnsafeCheckpoint
-from overflowml_core.inspect.checkpoint import INDEX_LIMIT_BYTES, JSON_LIMIT_BYTES, read_json
+from overflowml_core.inspect.checkpoint import (
+    INDEX_LIMIT_BYTES,
+    JSON_LIMIT_BYTES,
+    find_weights,
+    kind_of_folder,
+    open_checkpoint,
+    read_json,
+)
 from overflowml_core.inspect.hub_client import HubClient, Repository
-from overflowml_core.inspect.safetensors import LARGEST_HEADER_BYTES, Header, _parse, _Problem
+from overflowml_core.inspect.safetensors import LARGEST_HEADER_BYTES, Header, parse_header
 
 _CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json", "generation_config.json", "model_index.json")
 _PLAIN = re.compile(r"[A-Za-z0-9_][\w.-]{0,127}", re.ASCII)
@@ -41,7 +48,8 @@ class HubDescription:
     """What is known of a repository without its weights.
 
     Attributes:
-        folder: holds its configuration files, as the host's ``save_pretrained`` lays them out, and no weights.
+        folder: holds its configuration files, as the host's ``save_pretrained`` lays them out, and no weights; offline it may be the
+            whole repository in huggingface_hub's own cache.
         commit: which version, 40 hex digits.
         dtype_by_component: the dtype of most of its bytes as safetensors spells it; "model" for a model that stands alone.
         weight_bytes_by_component: exact bytes of its tensors.
@@ -63,9 +71,7 @@ def split_hub_id(text: str) -> tuple[str, str | None, str]:
     return (f"{owner}/{name}" if name else owner), revision or None, subfolder
 
 
-def fetch_description(
-    repo_id: str, revision: str | None, cache_folder: Path, subfolder: str = "", endpoint: str | None = None
-) -> HubDescription:
+def fetch_description(repo_id: str, revision: str | None, cache_folder: Path, subfolder: str = "") -> HubDescription:
     """Describe a repository by its configuration files and the headers of its safetensors files.
 
     Args:
@@ -73,7 +79,6 @@ def fetch_description(
         revision: branch, tag or commit; None for the default branch.
         cache_folder: where descriptions are kept.
         subfolder: folder of one model inside the repository.
-        endpoint: None for the one that huggingface_hub was configured with.
 
     Raises:
         NotAModel: there is no such repository or revision, it is gated, holds no model, or the machine is offline and it was not described
@@ -82,7 +87,7 @@ def fetch_description(
         BadCheckpoint: a configuration or a header is malformed.
         OverflowmlError: the Hub cannot be reached.
     """
-    client = HubClient(repo_id, revision, endpoint)
+    client = HubClient(repo_id, revision)
     _check_path(repo_id, subfolder)
     home = cache_folder / "hub" / repo_id.replace("/", "--")
     pointer = home / "refs" / f"{(revision or 'HEAD').replace('/', '--')}.json"
@@ -127,6 +132,10 @@ class _Fetch:
         else:
             raise self._nothing()
         files = {name.rstrip("/") or "model": chosen for name in names if (chosen := self._weights(name))}
+        for name in names:
+            pickles = [file for file in self._sizes if name and file.startswith(name) and file.endswith(_PICKLES)]
+            if pickles and name.rstrip("/") not in files:
+                raise UnsafeCheckpoint(self._url(pickles[0]), "this component is there only as pickle", "convert it to safetensors first")
         if not files:
             raise self._nothing()
         target = _place(home, self._repository.commit, self._subfolder)
@@ -255,11 +264,7 @@ def _parse_header(where: str, raw: bytes, size_bytes: int) -> Header:
         raise BadCheckpoint(where, f"cut short: expected at least {8 + length} bytes for its header, the Hub has {size_bytes}", again)
     if len(raw) < 8 + length or raw[8:9] != b"{":
         raise BadCheckpoint(where, f"the Hub sent {len(raw)} bytes, which do not begin with its header of {length}", again)
-    try:
-        tensors, metadata = _parse(raw[8 : 8 + length], size_bytes)
-    except _Problem as found:
-        raise BadCheckpoint(where, found.problem, again) from None
-    return Header(Path(where), size_bytes, tensors, MappingProxyType(metadata))
+    return parse_header(raw[8 : 8 + length], size_bytes, where, again)
 
 
 def _place(home: Path, commit: str, subfolder: str) -> Path:
@@ -294,14 +299,36 @@ def _commit_in(pointer: Path) -> str | None:
 
 
 def _in_host_cache(client: HubClient, subfolder: str) -> HubDescription | None:
-    """The whole repository, where the user downloaded it before: a folder with its weights, whose own headers tell bytes and dtypes."""
-    folder = client.snapshot()
-    if folder is None:
+    """The repository where the user downloaded it before: a folder with its weights, whose own headers tell bytes and dtypes.
+
+    Raises:
+        BadCheckpoint: its files are broken.
+    """
+    snapshot = client.snapshot()
+    place = None if snapshot is None else snapshot / subfolder
+    if snapshot is None or place is None or kind_of_folder(place) is None:
         return None
-    place = folder / subfolder if subfolder else folder
-    if not (place / "config.json").is_file() and not (place / "model_index.json").is_file():
+    parts = {"model": place}
+    if (place / "model_index.json").is_file():
+        names = [
+            name for name, value in read_json(place / "model_index.json").items() if isinstance(value, list) and _PLAIN.fullmatch(name)
+        ]
+        parts = {name: place / name for name in names if (place / name).is_dir()}
+    totals: dict[str, Counter[str]] = {}
+    files: list[str] = []
+    for name, part in parts.items():
+        if find_weights(part) is None:
+            continue
+        checkpoint = open_checkpoint(part)
+        files += [path.relative_to(snapshot).as_posix() for path in checkpoint.files]
+        totals[name] = Counter()
+        for located in checkpoint.tensors.values():
+            totals[name][located.entry.dtype] += located.entry.nbytes
+    if not files:  # configurations alone say nothing of bytes
         return None
-    return HubDescription(place, folder.name, MappingProxyType({}), MappingProxyType({}), ())
+    dtypes = {name: counts.most_common(1)[0][0] for name, counts in totals.items() if counts}
+    sizes = {name: counts.total() for name, counts in totals.items()}
+    return HubDescription(place, snapshot.name, MappingProxyType(dtypes), MappingProxyType(sizes), tuple(files))
 
 
 def _write(path: Path, raw: bytes) -> None:

@@ -57,26 +57,24 @@ class HubClient:
     Args:
         repo_id: "owner/name".
         revision: branch, tag or commit; None for the default branch.
-        endpoint: None for the one that ``huggingface_hub`` was configured with.
 
     Raises:
         NotAModel: this cannot be the name of a repository or a revision.
         OverflowmlError: ``huggingface_hub`` is not installed.
     """
 
-    def __init__(self, repo_id: str, revision: str | None = None, endpoint: str | None = None) -> None:
+    def __init__(self, repo_id: str, revision: str | None = None) -> None:
         if not _REPO_ID.fullmatch(repo_id) or "--" in repo_id or ".." in repo_id or repo_id.endswith((".git", "-", ".")):
             raise NotAModel(repo_id[:120], "the Hub has no such names; give owner/name, or the path of a folder")
         if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
             raise NotAModel(f"{repo_id}@{revision[:120]}", "the Hub has no such revisions; give a branch, a tag or a commit")
         self.repo_id, self.revision = repo_id, revision
         self._hub = _library()
-        self._endpoint = endpoint
 
     @property
     def endpoint(self) -> str:
         """Where requests go."""
-        return self._endpoint or str(self._hub.constants.ENDPOINT)
+        return str(self._hub.constants.ENDPOINT)
 
     @property
     def offline(self) -> bool:
@@ -92,7 +90,7 @@ class HubClient:
             OverflowmlError: the Hub cannot be reached, or answers with nonsense.
         """
         try:
-            api = self._hub.HfApi(endpoint=self._endpoint)
+            api = self._hub.HfApi()
             found = api.model_info(self.repo_id, revision=self.revision, timeout=_TIMEOUT_S, files_metadata=True)
         except Exception as error:  # noqa: BLE001 -- the client behind huggingface_hub, and its exceptions, change from version to version
             self._explain(error)
@@ -114,7 +112,7 @@ class HubClient:
             NotAModel, OverflowmlError: as for :meth:`repository`.
         """
         utils = self._hub.utils
-        url = self._hub.hf_hub_url(self.repo_id, name, revision=commit, endpoint=self._endpoint)
+        url = self._hub.hf_hub_url(self.repo_id, name, revision=commit)
         headers = {**utils.build_hf_headers(), "range": f"bytes=0-{nbytes - 1}", "accept-encoding": "identity"}
         raw = bytearray()
         deadline = time.monotonic() + _LONGEST_REQUEST_S

@@ -32,7 +32,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
 def folder_key(folder: Path, workload: Workload, options: Mapping[str, object]) -> str | None:
     """What the description of a model folder depends on, as a digest.
 
-    Configuration files count by their content, weights by name, size and time of the last change: reading them would cost what is to be saved.
+    Configuration files count by their content, weights by name, size and time of the last change: reading them would cost what is to be
+    saved.
 
     Args:
         folder: of the model or pipeline.

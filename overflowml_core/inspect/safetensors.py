@@ -138,6 +138,25 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(path=file, size_bytes=size_bytes, tensors=tensors, metadata=MappingProxyType(metadata))
 
 
+def parse_header(raw: bytes, size_bytes: int, where: str, remedy: str) -> Header:
+    """Check the JSON of a header that was read elsewhere.
+
+    Args:
+        raw: the JSON alone, without the length before it.
+        size_bytes: of the whole file.
+        where: what the file is called, for the header and in errors.
+        remedy: what to do about a malformed one, for errors.
+
+    Raises:
+        BadCheckpoint: it is malformed, or does not fit a file of this size.
+    """
+    try:
+        tensors, metadata = _parse(raw, size_bytes)
+    except _Problem as found:
+        raise BadCheckpoint(where, found.problem, remedy) from None
+    return Header(path=Path(where), size_bytes=size_bytes, tensors=tensors, metadata=MappingProxyType(metadata))
+
+
 def _read_raw(stream: BinaryIO, size_bytes: int) -> bytes:
     """The header's JSON as bytes. Its length is held against the file's before anything is allocated for it."""
     head = stream.read(_LENGTH_BYTES)

@@ -75,13 +75,14 @@ def network_of_weights(folder: str | os.PathLike[str], workload: Workload) -> Ne
     files = sorted(path for path in root.iterdir() if path.suffix == ".safetensors" and path.is_file())
     if not files:
         return None
-    if len(files) > 1:
-        counts = {match[1] if (match := _SHARD.fullmatch(path.name)) else None for path in files}
-        if None in counts or len(counts) != 1 or int(counts.pop() or 0) != len(files):
-            shown = ", ".join(path.name for path in files[:_SHOWN_NAMES])
-            raise NotAModel(
-                root, f"{len(files)} safetensors files ({shown}), not the shards of one model, and no config.json: give one of the files"
-            )
+    counts = {match[1] if (match := _SHARD.fullmatch(path.name)) else None for path in files}
+    shards = len(counts) == 1 and int(counts.pop() or 0) == len(files)
+    if not shards and (len(files) > 1 or _SHARD.fullmatch(files[0].name)):
+        shown = ", ".join(path.name for path in files[:_SHOWN_NAMES])
+        raise NotAModel(
+            root,
+            f"{len(files)} safetensors files ({shown}) and no config.json: not all shards of one model; add the others, or give a file",
+        )
     return _network(root, files, workload)
 
 

@@ -137,7 +137,7 @@ def plain_candidates(setting: Setting, recipe: Recipe, variants: bool) -> list[C
     if variants:
         needs = tuple(in_variant(need, budget_bytes, setting.limits) for need in needs)
     found = [_direct(setting, recipe, needs)]
-    if not found[0].viable:
+    if not found[0].viable or setting.limits.excluded & {("strategy", "direct"), ("strategy", found[0].strategy)}:
         if len(needs) > 1:
             found.append(_phased(setting, recipe, needs))
         found.append(_stream(setting, recipe, needs))
@@ -196,7 +196,7 @@ def _stream(setting: Setting, recipe: Recipe, needs: Sequence[PhaseNeed]) -> Can
 
 
 def _sequential(setting: Setting, recipe: Recipe, needs: Sequence[PhaseNeed]) -> Candidate:
-    """Every block streamed, through two slots where they fit: what takes the least of the device."""
+    """Every block streamed, through two slots where they fit: what takes the least of the device. A single block stays, as in its slot."""
     candidate = Candidate("sequential", recipe, setting)
     drafts = []
     for need in needs:
@@ -204,10 +204,13 @@ def _sequential(setting: Setting, recipe: Recipe, needs: Sequence[PhaseNeed]) ->
         slot_bytes = max(whole_blocks, default=0)
         if need.smallest_bytes > setting.budget.device_bytes:
             return candidate
-        slot_count = min(2, len(whole_blocks))
+        if len(whole_blocks) < 2:
+            drafts.append(Draft(need, whole_residency(need)))
+            continue
+        slot_count = min(2, len(whole_blocks) - 1)
         if need.smallest_bytes + (slot_count - 1) * slot_bytes > setting.budget.device_bytes:
             slot_count = 1
-        drafts.append(Draft(need, Residency((not whole_blocks,) * len(need.blocks), slot_count if whole_blocks else 0, slot_bytes)))
+        drafts.append(Draft(need, Residency((False,) * len(need.blocks), slot_count, slot_bytes)))
     if not any(draft.residency.slot_count for draft in drafts):
         return candidate
     candidate.drafts = tuple(drafts)

@@ -22,9 +22,12 @@ from overflowml_core.planner.stage import move_of, rates_of, switch_seconds
 
 
 def cpu_candidate(setting: Setting) -> Candidate | None:
-    """Everything in RAM, computed by the CPU; None where the CPU is the device anyway, or shares its memory with it."""
+    """Everything in RAM, computed by the CPU; None where the CPU is the device anyway, shares its memory, or may not have any."""
     if setting.in_ram:
         return None
+    limits = setting.limits
+    if limits.reserve_bytes is not None and limits.host_bytes is not None and limits.reserve_bytes >= limits.host_bytes:
+        return None  # RAM was granted for what waits, not for what computes
     other = on_cpu(setting)
     candidate = Candidate("cpu", AS_IS, other, requires=frozenset({"devices"}))
     needs = phase_needs(setting.network, setting.limits)

@@ -6,9 +6,9 @@ then exchanges between blocks, within a bound on simulated steps that does not g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, combinations, pairwise, product
 
 from overflowml_core.planner.machinery import Move
 from overflowml_core.planner.pace import Stage, pace_of
@@ -23,6 +23,12 @@ _MOST_STEPS = 300_000
 
 _MOST_SLOTS = 4
 """Deeper prefetch gained less than 1 % where it was measured (sglang PR 31538: 0.9 % for a depth of 16 instead of 1)."""
+
+_EIGHTHS = 8
+"""Parts of a phase's bytes that are tried as its room where every resident must be brought in anew."""
+
+_MANY = 40
+"""Blocks of a phase of which one is little: the choice with the fewest bytes is good enough where its copies set the time."""
 
 _ENOUGH = 1 + 1e-3
 """A choice so close to what no choice can beat is not improved any further."""
@@ -82,6 +88,11 @@ class Problem:
             self.steps += 4 * self._row
         return self._tried[key]
 
+    def copies_s(self, stays: Sequence[bool]) -> float:
+        """What all copies of the phase take one after the other, and bringing in its residents."""
+        moved_s = sum(max(self.moves[i].link_s, self.moves[i].disk_s) for i in self.whole if not stays[i])
+        return self.fixed_s + sum(self.bring_s[i] for i in self.whole if stays[i]) + sum(one.count for one in self.rounds) * moved_s
+
     def floor_s(self, stays: Sequence[bool], slot_count: int) -> float:
         """What the phase with this choice takes at least: all its computing, or all copies but those of what the slots can hold over."""
         compute_s = sum(one.count * one.compute_s for one in self.rounds)
@@ -96,6 +107,16 @@ class Problem:
         return Residency(resident, slot_count if streamed else 0, max(streamed, default=0))
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class _Way:
+    """A choice with what it takes: seconds, then bytes streamed, then slots; less is better."""
+
+    seconds: float
+    streamed_bytes: int
+    slot_count: int
+    stays: tuple[bool, ...]
+
+
 def choose_timed(problem: Problem) -> Residency | None:
     """Choose the resident blocks of a phase by its simulated time.
 
@@ -104,29 +125,48 @@ def choose_timed(problem: Problem) -> Residency | None:
     Returns:
         None where not even one slot for the largest block fits.
     """
-    sizes = problem.sizes_bytes
-    everything = (True,) * len(sizes)
-    if sum(sizes) <= problem.room_bytes and not problem.takes_turns:
+    everything = (True,) * len(problem.sizes_bytes)
+    if sum(problem.sizes_bytes) <= problem.room_bytes and not problem.takes_turns:
         return problem.finished(everything, 0)
-    ways = _all_ways(problem) if len(problem.whole) <= MOST_ENUMERATED else _some_ways(problem)
-    best: tuple[tuple[bool, ...], int] | None = None
-    best_s, best_key = 0.0, (0, 0)
-    least_s = sum(one.count * one.compute_s for one in problem.rounds) + problem.fixed_s
     exact = len(problem.whole) <= MOST_ENUMERATED
-    for stays, slot_count in ways:
-        if best is not None and not exact and (problem.steps > _MOST_STEPS or best_s <= least_s * _ENOUGH):
-            break
-        if best is not None and problem.floor_s(stays, slot_count) > best_s:
+    least_s = sum(one.count * one.compute_s for one in problem.rounds) + problem.fixed_s
+    found: list[_Way] = []
+    for stays, slot_count in _all_ways(problem) if exact else _some_ways(problem):
+        if found and not exact:
+            # The first way streams the fewest bytes. Its copies are no strict bound, for other slots may leave room for one block more;
+            # among many blocks that is little.
+            fewest_s = problem.copies_s(found[0].stays) if len(problem.whole) > _MANY else 0.0
+            enough_s = max(least_s, fewest_s) * _ENOUGH
+            if problem.steps > _MOST_STEPS or min(found).seconds <= enough_s:
+                return _finished(problem, found)
+        if exact and found and problem.floor_s(stays, slot_count) > min(found).seconds:
             continue
-        seconds = problem.seconds(stays, slot_count)
-        key = (sum(size for size, stay in zip(sizes, stays, strict=True) if not stay), slot_count)
-        if best is None or seconds < best_s * _CLEARLY or (seconds <= best_s / _CLEARLY and key < best_key):
-            best, best_s, best_key = (stays, slot_count), seconds, key
-    if best is None:
+        found.append(_way(problem, stays, slot_count))
+        if exact:
+            found = [_better(found)]
+    if not found:
         return None
-    if not exact and best_s > least_s * _ENOUGH:
-        best = _exchanged(problem, *best)
-    return problem.finished(*best)
+    if not exact:
+        # A choice with another number of slots is several changes away: the best of each number is improved on its own.
+        starts = {way.slot_count: way for way in sorted(found, reverse=True)}
+        found += [_exchanged(problem, way) for way in sorted(starts.values())]
+    return _finished(problem, found)
+
+
+def _way(problem: Problem, stays: Sequence[bool], slot_count: int) -> _Way:
+    streamed_bytes = sum(size for size, stay in zip(problem.sizes_bytes, stays, strict=True) if not stay)
+    return _Way(problem.seconds(stays, slot_count), streamed_bytes, slot_count, tuple(stays))
+
+
+def _better(found: Sequence[_Way]) -> _Way:
+    """The best of all ways, of which two that differ by rounding alone are equally fast."""
+    least_s = min(way.seconds for way in found)
+    return min((way for way in found if way.seconds * _CLEARLY <= least_s), key=lambda way: (way.streamed_bytes, way.slot_count))
+
+
+def _finished(problem: Problem, found: Sequence[_Way]) -> Residency:
+    best = _better(found)
+    return problem.finished(best.stays, best.slot_count)
 
 
 def _fits(problem: Problem, stays: Sequence[bool], slot_count: int) -> bool:
@@ -142,7 +182,8 @@ def _all_ways(problem: Problem) -> Iterator[tuple[tuple[bool, ...], int]]:
         for index, flag in zip(whole, flags, strict=True):
             stays[index] = flag
         streamed = flags.count(False)
-        for slot_count in range(1, streamed + 1) if streamed else (0,):
+        # As many slots as streamed blocks would be residency by another name.
+        for slot_count in range(1, streamed) if streamed else (0,):
             if _fits(problem, stays, slot_count):
                 yield tuple(stays), slot_count
 
@@ -158,12 +199,20 @@ def _some_ways(problem: Problem) -> Iterator[tuple[tuple[bool, ...], int]]:
         yield _owned(problem, most.resident), most.slot_count
     for slot_count in (2, 3, _MOST_SLOTS, 1):
         for order in _orders(problem):
-            filled = _filled(problem, order, slot_count)
+            filled = _filled(problem, order, slot_count, problem.room_bytes)
             if filled is not None:
                 yield filled, slot_count
+    if problem.takes_turns:
+        # Residents come in before anything computes and streamed blocks while others do, so that less than fits may be better. These
+        # rooms do not depend on the budget: a larger one tries what a smaller one tried.
+        scattered = next(_orders(problem))
+        for eighth in range(_EIGHTHS - 1, 0, -1):
+            filled = _filled(problem, scattered, 2, min(problem.room_bytes, sum(problem.sizes_bytes) * eighth // _EIGHTHS))
+            if filled is not None:
+                yield filled, 2
     nothing = tuple(not size for size in problem.sizes_bytes)
     for slot_count in (2, 3, _MOST_SLOTS, 1):
-        if slot_count <= len(problem.whole) and _fits(problem, nothing, slot_count):
+        if slot_count < len(problem.whole) and _fits(problem, nothing, slot_count):
             yield nothing, slot_count
 
 
@@ -187,47 +236,63 @@ def _orders(problem: Problem) -> Iterator[list[int]]:
 def _scattered(count: int) -> list[int]:
     """Indices in van der Corput's order, of which every beginning is spread evenly."""
     bits = max(1, (count - 1).bit_length())
-    backwards: Callable[[int], int] = lambda i: int(f"{i:0{bits}b}"[::-1], 2)  # noqa: E731 -- used once, named for what it does
-    return [j for j in (backwards(i) for i in range(2**bits)) if j < count]
+    mirrored = (int(f"{i:0{bits}b}"[::-1], 2) for i in range(2**bits))
+    return [index for index in mirrored if index < count]
 
 
-def _filled(problem: Problem, order: Sequence[int], slot_count: int) -> tuple[bool, ...] | None:
-    """Keep blocks in an order while the room holds them beside slots for the largest of the rest."""
+def _filled(problem: Problem, order: Sequence[int], slot_count: int, room_bytes: int) -> tuple[bool, ...] | None:
+    """Keep blocks in an order while a room holds them beside slots for the largest of the rest."""
     sizes = problem.sizes_bytes
     by_size = sorted(problem.whole, key=lambda i: -sizes[i])
     stays = [not size for size in sizes]
     kept_bytes = largest = left = 0
     left = len(by_size)
     for index in order:
-        if left <= slot_count:
+        if left <= slot_count + 1:
             break
         stays[index] = True
         after = largest
         while after < len(by_size) and stays[by_size[after]]:
             after += 1
-        if kept_bytes + sizes[index] + slot_count * sizes[by_size[after]] <= problem.room_bytes:
+        if kept_bytes + sizes[index] + slot_count * sizes[by_size[after]] <= room_bytes:
             kept_bytes += sizes[index]
             largest = after
             left -= 1
         else:
             stays[index] = False
-    return tuple(stays) if left >= slot_count and _fits(problem, stays, slot_count) else None
+    return tuple(stays) if left > slot_count and _fits(problem, stays, slot_count) else None
 
 
-def _exchanged(problem: Problem, stays: tuple[bool, ...], slot_count: int) -> tuple[tuple[bool, ...], int]:
-    """Exchange a resident block with a streamed neighbour while that is faster and steps are left."""
-    best_s = problem.seconds(stays, slot_count)
+def _exchanged(problem: Problem, way: _Way) -> _Way:
+    """Change a choice step by step while that is faster and steps are left."""
     improved = True
     while improved and problem.steps <= _MOST_STEPS:
         improved = False
-        for left, right in zip(problem.whole, problem.whole[1:], strict=False):
-            if stays[left] == stays[right] or problem.steps > _MOST_STEPS:
+        for stays, slot_count in _changes(problem, way):
+            if problem.steps > _MOST_STEPS:
+                break
+            if not slot_count < stays.count(False) or not _fits(problem, stays, slot_count):
                 continue
-            other = list(stays)
-            other[left], other[right] = other[right], other[left]
-            if not _fits(problem, other, slot_count) or problem.floor_s(other, slot_count) >= best_s:
+            if problem.floor_s(stays, slot_count) >= way.seconds:
                 continue
-            seconds = problem.seconds(other, slot_count)
-            if seconds < best_s * _CLEARLY:
-                stays, best_s, improved = tuple(other), seconds, True
-    return stays, slot_count
+            other = _way(problem, stays, slot_count)
+            if other.seconds < way.seconds * _CLEARLY:
+                way, improved = other, True
+                break
+    return way
+
+
+def _changes(problem: Problem, way: _Way) -> Iterator[tuple[list[bool], int]]:
+    """One slot more or less, one block more or less, and one block for another, neighbours first."""
+    slot_count = max(1, way.slot_count)
+    for other in (slot_count + 1, slot_count - 1):
+        if 1 <= other <= _MOST_SLOTS:
+            yield list(way.stays), other
+    singles = [(index,) for index in problem.whole]
+    for change in chain(singles, pairwise(problem.whole), combinations(problem.whole, 2)):
+        if len(change) == 2 and way.stays[change[0]] == way.stays[change[1]]:
+            continue
+        stays = list(way.stays)
+        for index in change:
+            stays[index] = not stays[index]
+        yield stays, slot_count

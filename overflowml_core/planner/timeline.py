@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from overflowml_core.facts import Machine, Network
 from overflowml_core.formats import Format
@@ -27,7 +27,7 @@ class Event:
     """One piece of work of one engine.
 
     Attributes:
-        engine: "compute", "link" (copies to the device) or "disk".
+        engine: "compute", "link" (copies to the device), "disk", or "cpu" (experts that are computed where they wait).
         device: index of the accelerator.
         component: what it is for.
         block: name of the block; empty for work outside blocks, "residents" for what is brought in when a phase begins.
@@ -119,7 +119,7 @@ def timeline_of(plan: Plan, network: Network, machine: Machine, formats: Sequenc
         events=events,
         memory=tuple(drawing.memory),
         sections=tuple(drawing.sections),
-        drawn_s=drawing.now_s,
+        drawn_s=max((e.end_s for e in events), default=0.0),
         total_s=None if drawing.unknown else plan.estimate.total_s,
         budget_bytes=plan.budget.device_bytes,
         unknown=tuple(drawing.unknown),
@@ -174,7 +174,7 @@ class _Drawing:
                     machinery.run(self._steps)
                     self.memory.append(Sample(machinery.compute_s, held_bytes))
                     if slow_part is not part:
-                        self._tell_misses(first, part)
+                        self._tell_misses(first, part, self._copies(phase, one))
             pass_s = self._pass_s(phase, one)
             self.sections.append(Section(phase.name, one.name, start_s, machinery.compute_s, shown, one.count - shown, pass_s))
         self.now_s = machinery.drain() if takes_turns else machinery.compute_s
@@ -192,15 +192,17 @@ class _Drawing:
     def _pass_s(self, phase: PhasePlan, one: Round) -> float:
         return sum(p.pass_s or 0.0 for p in phase.passes if p.name == one.name and p.count == one.count)
 
-    def _tell_misses(self, first: int, part: Part) -> None:
+    def _copies(self, phase: PhasePlan, one: Round) -> bool:
+        return any(p.transfer_s for p in phase.passes if p.name == one.name and p.count == one.count)
+
+    def _tell_misses(self, first: int, part: Part, copies: bool) -> None:
         """Cut the steps of a pass into what they compute and what they wait for experts."""
-        computes = [place for place in range(first, len(self.events)) if self.events[place].engine == "compute"]
-        own = {(index, place): seconds for place, (index, seconds) in enumerate(zip(part.steps, part.seconds, strict=True))}
-        timed = [seconds for (_, _), seconds in own.items()]
-        busy = [step for step, (_, _, seconds, _) in enumerate(self._steps) if seconds]
-        for place, step in zip(computes, busy, strict=False):
-            event = self.events[place]
-            end_s = min(event.end_s, event.start_s + timed[step])
-            if end_s < event.end_s:
-                self.events[place] = Event("compute", event.device, event.component, event.block, event.start_s, end_s)
-                self.events.append(Event("link", event.device, event.component, event.block, end_s, event.end_s))
+        drawn, self.events[first:] = self.events[first:], []
+        # Steps that take no time leave no event.
+        own_s = [own for own, (_, _, seconds, _) in zip(part.seconds, self._steps, strict=True) if seconds]
+        for event, seconds in zip(drawn, own_s, strict=True):
+            end_s = min(event.end_s, event.start_s + seconds)
+            if end_s > event.start_s:
+                self.events.append(replace(event, end_s=end_s))
+            if event.end_s > end_s:
+                self.events.append(replace(event, engine="link" if copies else "cpu", start_s=end_s))

@@ -23,6 +23,8 @@ _log = logging.getLogger("overflowml")
 
 Progress: TypeAlias = Callable[[str], None]
 
+_LOOK_S = 0.2
+_BUSY_SHARE = 0.15
 _LEAST_REPEATS, _MOST_REPEATS = 3, 9
 _REPEAT_S = 0.15
 _EVICT_BYTES = 128 * 2**20
@@ -45,6 +47,7 @@ def calibrate(machine: Machine, folder: str | os.PathLike[str], progress: Progre
     """
     effort = QUICK if quick else FULL
     tell = progress or _silent
+    _warn_when_busy()
     tell("disk reads")
     disk = _disk_rate(Path(folder), effort, machine.rates.disk_bytes_per_s)
     tell("CPU")
@@ -66,6 +69,14 @@ def calibrate(machine: Machine, folder: str | os.PathLike[str], progress: Progre
 
 def _silent(_: str) -> None:
     pass
+
+
+def _warn_when_busy() -> None:
+    busy = psutil.cpu_percent(interval=_LOOK_S) / 100
+    if busy > _BUSY_SHARE:
+        _log.warning(
+            "other programs take %.0f %% of the CPU: what is measured now is too slow; calibrate again when they are done", 100 * busy
+        )
 
 
 def _disk_rate(folder: Path, effort: Effort, known: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from overflowml_core.errors import OverflowmlError
+from overflowml_core.runtime.fake_cache import ShapeCache
 from overflowml_core.runtime.fake_calls import Call, CallBook
 from overflowml_core.runtime.fake_memory import LiveMemory
 from overflowml_core.runtime.probe_works import FusedKernels, Recipe, Seen, tensors_in
@@ -64,8 +66,9 @@ class Tracer(TorchDispatchMode):
         self.recipes: dict[str, Recipe] = {}
         self.memory = LiveMemory()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._shapes = ShapeCache(self.fake)
         self._seen = Seen(self.memory.is_weight, self.recipes)
-        self._tainted: set[int] = set()
+        self._tainted: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._book = CallBook(self.memory)
         self._undo: list[Callable[[], object]] = []
         self._kept: list[nn.Module] = []
@@ -203,9 +206,6 @@ class Tracer(TorchDispatchMode):
 
     def _perform(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
         if any(map(self.has_no_data, tensors)):
-            if func._schema.is_mutable:
-                # Values were written that nobody knows: what is read from there later is not known either.
-                self._tainted.update(t.untyped_storage()._cdata for t in _written(func, args, kwargs) if not is_fake(t))
             return self._pretend(func, args, kwargs)
         if (tensors and all(t.device.type == "meta" for t in tensors)) or _asks_meta(kwargs):
             return func(*args, **kwargs)
@@ -223,11 +223,29 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _pretend(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func._schema.is_mutable:
+            for tensor in _written(func, args, kwargs):
+                self._taint(tensor)
+        key = self._shapes.key(func, args, kwargs)
+        known = None if key is None else self._shapes.get(key)
+        if known is not None:
+            return known
         try:
             with self.fake:
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise NoValues(str(func)) from error
+        if key is not None:
+            self._shapes.put(key, tensors_in((args, kwargs)), out)
+        return out
+
+    def _taint(self, tensor: torch.Tensor) -> None:
+        """Values are written into a real tensor that nobody knows: what is read from there later is not known either."""
+        if not is_fake(tensor) and tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            # The address may be another storage's later.
+            self._tainted[key] = weakref.ref(storage, lambda _: self._tainted.pop(key, None))
 
     def has_no_data(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor's values are unknown: it never had any, or unknown ones were written into it."""
@@ -311,12 +329,17 @@ def tracing(block_operations: int | None = None) -> Iterator[Tracer]:
         raise OverflowmlError("tracing(): a trace is under way in this thread; end it first, or use its tracer")
     _here.busy = True
     tracer = Tracer(block_operations)
-    silent, _torch_log.disabled = _torch_log.disabled, True
+    thread = threading.get_ident()
+
+    def is_elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    _torch_log.addFilter(is_elsewhere)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), FusedKernels(tracer.has_no_data, tracer.note), tracer:
             yield tracer
     finally:
-        _torch_log.disabled = silent
+        _torch_log.removeFilter(is_elsewhere)
         _here.busy = False
         if _here.collected is not None:
             _here.collected.update(tracer.recipes)

@@ -51,7 +51,7 @@ class Placement:
 
 
 def after_attach(target: Any, attachment: Any) -> None:
-    """Set the execution device, switch on the variants that the plan chose, and guard what would move weights; all end with the attachment."""
+    """Set the execution device, switch on what variants the plan chose, and guard what would move weights; all ends with the attachment."""
     from diffusers import DiffusionPipeline
 
     _turn_variants_on(target, attachment)

@@ -102,18 +102,22 @@ def _run(tracer: Tracer, pipe: Any, workload: Workload) -> Recorded:
         return recorded
     for name, module in ordered_modules(twin).items():
         recorded.watch(tracer, name, module)
+    failures: list[str] = []
     for attempt in inputs.attempts(pipe, workload):
-        recorded.scale, recorded.failure = attempt.scale, ""
+        recorded.scale = attempt.scale
         try:
             with RealMasks():
                 twin(**attempt.arguments)
         except Exception as error:  # noqa: BLE001 -- foreign code on fake tensors: whatever it raises, the next way of running it follows
             if any("decode" in r and r["decode"].known for r in recorded.replays.values()):
-                return recorded  # what comes after a decoding is done with pixels
-            recorded.failure = _in_short(error)
+                failures.clear()  # what comes after a decoding is done with pixels
+                break
+            failures.append(_in_short(error))
             recorded.forget()
         else:
-            return recorded
+            failures.clear()
+            break
+    recorded.failure = failures[0] if failures else ""
     return recorded
 
 
@@ -153,7 +157,7 @@ def _never_called(component: Component) -> Component:
 
 
 def with_profiles(component: Component, profiles: tuple[PassProfile, ...]) -> Component:
-    """The component with its passes, and the largest of their peaks. Passes that differ in the layout of their arguments alone count as one."""
+    """The component with its passes, and the largest of their peaks. Passes that differ in their arguments' layout alone count as one."""
     kinds: dict[tuple[str, int], PassProfile] = {}
     for profile in profiles:
         key = (profile.name, profile.flop)
@@ -181,6 +185,9 @@ def _alone(component: Component, module: nn.Module, workload: Workload, reason: 
                 (twin if method == "forward" else getattr(twin, method))(**arguments_of(twin, workload))
             seen = _seen(component, recorded)
         assert seen is not None
+        if reason:
+            note = f"it was traced by itself, because its pipeline cannot run on fake tensors ({reason})"
+            seen = replace(seen, profiles=tuple(replace(p, note="; ".join(filter(None, (p.note, note)))) for p in seen.profiles))
     except Exception as error:  # noqa: BLE001 -- as above; the estimate of the description stands, and says why
         why = f"{reason}; {_in_short(error)}" if reason else _in_short(error)
         return _analytic(component, workload, why)

@@ -1,8 +1,8 @@
 """Runs a call once and answers equal ones with what it left behind: outputs of the same shapes in the same storages, and the same peak of
 memory. Knows tensors and calls, nothing of pipelines.
 
-A denoising loop calls its transformer with the same shapes fifty times, a tiled decoder its tiles by the hundred. One trace of each is exact
-for all.
+A denoising loop calls its transformer with the same shapes fifty times, a decoder its tiles by the hundred: one trace of each is exact
+for all of them.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def stand_in_front(module: nn.Module, method: str, tracer: Tracer, like: torch.T
     if method == "forward":
         # What torch asks before its own call, hooks and all: the watching tracer's hooks are behind it.
         replay = Replay(module._call_impl, tracer, like)
-        module._compiled_call_impl = replay  # type: ignore[assignment]
+        module._compiled_call_impl = replay
     else:
         replay = Replay(getattr(module, method), tracer, like)
         vars(module)[method] = replay

@@ -19,7 +19,7 @@ from overflowml_diffusers.tokenizers import stub_for
 DEFAULT_DTYPE = torch.bfloat16
 """What models without weights are taken to be stored in; nearly all pipelines of the last years are."""
 
-_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".gguf", ".onnx", ".safetensors.index.json")
+_WEIGHTS = re.compile(r"\.safetensors\b|\.(bin|pt|pth|ckpt|msgpack|gguf|onnx)$")
 LAYERS_LIMIT = 4096
 """Layers of one kind; a configuration that asks for more would be built for ever. The deepest of today's models have about 130."""
 
@@ -40,7 +40,7 @@ def is_config_only(folder: Path, kind: str) -> bool:
     places = [folder]
     if (owner / "model_index.json").is_file():
         places += [path for path in owner.iterdir() if path.is_dir()]
-    return not any(path.name.endswith(_WEIGHT_SUFFIXES) for place in places for path in place.iterdir())
+    return not any(_WEIGHTS.search(path.name) for place in places for path in place.iterdir())
 
 
 def build_pipeline(folder: Path, options: dict[str, object]) -> Any:
@@ -60,7 +60,8 @@ def build_pipeline(folder: Path, options: dict[str, object]) -> Any:
     cls = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
     if not isinstance(cls, type) or not issubclass(cls, diffusers.DiffusionPipeline):
         raise NotAModel(folder, f"model_index.json names the pipeline class {class_name!r}, which this diffusers does not have; update it")
-    expected, settings = cls._get_signature_keys(cls)
+    host: Any = cls
+    expected, settings = host._get_signature_keys(host)
     parts: dict[str, Any] = {}
     for name in sorted(expected):
         if name in options:
@@ -73,8 +74,8 @@ def build_pipeline(folder: Path, options: dict[str, object]) -> Any:
         if parts[name] is None and "tokenizer" in name and name not in options:
             parts[name] = stub_for(name, parts)
     try:
-        return cls(**parts)
-    except Exception as error:  # noqa: BLE001 -- as for its models
+        return host(**parts)
+    except Exception as error:
         raise NotAModel(folder, f"diffusers cannot build it ({type(error).__name__}: {_first_line(error)})") from error
 
 
@@ -90,7 +91,7 @@ def _part(folder: Path, name: str, entry: object, options: dict[str, object]) ->
         return build_model(folder / name, {**options, "torch_dtype": _dtype(name, options)}, cls)
     try:
         return cls.from_pretrained(str(folder), subfolder=name)
-    except Exception as error:  # noqa: BLE001 -- as for its models
+    except Exception as error:
         raise NotAModel(folder / name, f"diffusers cannot build it ({type(error).__name__}: {_first_line(error)})") from error
 
 
@@ -138,7 +139,7 @@ def build_model(folder: Path, options: dict[str, object], cls: Any = None) -> An
     try:
         with default_dtype(dtype), init_empty_weights():
             model = cls.from_config(config)
-    except Exception as error:  # noqa: BLE001 -- what a broken configuration makes of the host's code is anybody's guess
+    except Exception as error:
         raise NotAModel(folder, f"diffusers cannot build it ({type(error).__name__}: {_first_line(error)})") from error
     _keep_in_float32(model, dtype)
     return model.eval()
@@ -170,7 +171,7 @@ def _transformers_model(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         config = cls.config_class.from_pretrained(str(folder))
         with torch.device("meta"):
             return cls._from_config(config, dtype=dtype).eval()
-    except Exception as error:  # noqa: BLE001 -- what a broken configuration makes of the host's code is anybody's guess
+    except Exception as error:
         raise NotAModel(folder, f"transformers cannot build it ({type(error).__name__}: {_first_line(error)})") from error
 
 

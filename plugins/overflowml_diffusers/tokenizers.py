@@ -1,4 +1,4 @@
-"""Tokenizers that read no text: they answer with as many tokens as a workload says, so that the real pipelines can run without vocabularies."""
+"""Tokenizers that read no text: they answer with as many tokens as a workload says, so that real pipelines run without vocabularies."""
 
 from __future__ import annotations
 

@@ -36,15 +36,22 @@ def twin_module(module: nn.Module) -> Any:
             if parameter is not None and id(parameter) not in memo:
                 memo[id(parameter)] = nn.Parameter(_without_data(parameter, "meta"), requires_grad=False)
         for buffer in inner._buffers.values():
-            if buffer is not None and (buffer.is_meta or buffer.numel() > REAL_ELEMENTS):
-                memo.setdefault(id(buffer), _without_data(buffer, "meta"))
+            if buffer is not None and id(buffer) not in memo:
+                memo[id(buffer)] = _small_or_empty(buffer, "meta")
         for tensor in _loose_tensors(inner):
-            if tensor.is_meta or tensor.numel() > REAL_ELEMENTS:
-                memo.setdefault(id(tensor), _without_data(tensor, "cpu"))
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _small_or_empty(tensor, "cpu")
     try:
         return copy.deepcopy(module, memo).eval()
-    except Exception as error:  # noqa: BLE001 -- any attribute of any model may refuse to be copied
+    except Exception as error:
         raise CannotCopy(f"{type(module).__name__} cannot be copied ({type(error).__name__})") from error
+
+
+def _small_or_empty(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy in RAM where a trace computes with its values, else a tensor of the same shape without data."""
+    if tensor.is_meta or tensor.numel() > REAL_ELEMENTS:
+        return _without_data(tensor, device)
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _without_data(tensor: torch.Tensor, device: str) -> torch.Tensor:
@@ -62,7 +69,7 @@ def _loose_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
             yield from (item for item in value.values() if isinstance(item, torch.Tensor))
 
 
-class RealMasks(TorchFunctionMode):
+class RealMasks(TorchFunctionMode):  # type: ignore[misc]
     """Indexing by a mask whose values are known has a known shape; without this, a fake tensor refuses every mask."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -150,7 +157,6 @@ def twin_pipeline(pipe: Any, prompt_tokens: int | None) -> Any:
     """
     parts = dict(pipe.components)
     twin = copy.copy(pipe)
-    twin.__dict__ = dict(vars(pipe))
     twins: dict[int, Any] = {}
     own = vars(twin)
     for name, part in parts.items():

@@ -1,5 +1,5 @@
-"""A VAE under a trace, taken apart: its encoder, its decoder and the seams of its tiles are traced once for each size, the rest around them as
-often as it happens. Videos are decoded frame by frame and tiles by the hundred, all alike."""
+"""A VAE under a trace, taken apart: its encoder, its decoder and the seams of its tiles are traced once for each size, what is around them
+as often as it happens. Videos are decoded frame by frame and tiles by the hundred, all alike."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_unflatten
 
 from overflowml_core.facts import BlockWork, Work
 from overflowml_core.runtime.fake import Call, Tracer
+from overflowml_diffusers.cast import Casts
 from overflowml_diffusers.replay import Known, Replay, fake_of, rebuild
 
 METHODS = ("encode", "decode")
@@ -51,6 +52,7 @@ class TracedVae:
         parts = [*(_CALL + part for part in inner), *seams]
         tracer.watch(name, module, (*self._plain, *parts))
         self._like = fake_of(module)
+        Casts(module, tracer)
         self._watched = {method: getattr(module, method) for method in self._plain}
         self._parts = {part: Replay(getattr(module, part), tracer, self._like) for part in parts}
         vars(module).update({part: self._parts[part] for part in seams})

@@ -123,7 +123,7 @@ def build_without_weights(folder: Path, options: dict[str, object]) -> Any:
     try:
         if config is None:
             config = transformers.AutoConfig.from_pretrained(folder, subfolder=options.get("subfolder") or "")
-    except Exception as error:  # noqa: BLE001 -- config classes check what they read, and raise what they like
+    except Exception as error:  # config classes check what they read, and raise what they like
         first_line = str(error).strip().partition("\n")[0]
         raise NotAModel(folder, f"transformers cannot read its config.json ({first_line})") from error
     architectures = getattr(config, "architectures", None) or []
@@ -154,7 +154,7 @@ def _of_config(folder: Path, model_class: Any, config: Any, options: dict[str, o
         dtype = _dtype(options.get("dtype") or options.get("torch_dtype")) or _dtype(getattr(config, "dtype", None)) or torch.bfloat16
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config)).eval()
-    except Exception as error:  # noqa: BLE001 -- a class fails on a config that makes no sense in its own way
+    except Exception as error:  # a class fails on a config that makes no sense in its own way
         raise _unbuildable(folder, model_class, error) from error
     model.to(dtype)
     # Loading keeps some weights in float32 (modeling_utils: _get_dtype_plan).

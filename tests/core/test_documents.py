@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from overflowml_core import environment, hookspecs
-from overflowml_core.facts import Limits, Workload
-from overflowml_core.plan import Budget, Estimate, PhasePlan, Placement, Plan, Rejected
+from overflowml_core.facts import ComputeRate, Limits, Rates, Workload
+from overflowml_core.plan import Avoided, Budget, Estimate, PassEstimate, PhasePlan, Placement, Plan, Rejected, WhatIf
 
 ROOT = Path(__file__).parents[2]
 HOOKS = {name: function for name, function in vars(hookspecs).items() if name.startswith("overflowml_")}
@@ -35,7 +35,10 @@ def test_every_hook_has_a_test(name):
     assert f"def test_hook_{name.removeprefix('overflowml_')}" in tests
 
 
-@pytest.mark.parametrize("kind", [Plan, PhasePlan, Placement, Estimate, Budget, Rejected, Limits, Workload])
+PLAN_TYPES = [Plan, PhasePlan, Placement, PassEstimate, Estimate, Budget, Rejected, Avoided, WhatIf, Limits, Workload, Rates, ComputeRate]
+
+
+@pytest.mark.parametrize("kind", PLAN_TYPES)
 def test_every_field_of_the_plan_is_specified(kind):
     page = (ROOT / "docs" / "plan-format.md").read_text(encoding="utf-8")
     assert [f.name for f in dataclasses.fields(kind) if f"`{f.name}`" not in page] == []

@@ -8,19 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import diffusers as df
-import overflowml_diffusers
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import overflowml
+import overflowml_diffusers
+from overflowml_core.errors import NotAModel, OverflowmlError
+from overflowml_core.facts import Component, Network, Workload
+from overflowml_core.runtime.fake import tracing
 from overflowml_diffusers.replay import fake_of
 from overflowml_diffusers.tokenizers import StubTokenizer
 from overflowml_diffusers.twin import twin_module
 from overflowml_diffusers.vae import TracedVae
-from torch.utils.flop_counter import FlopCounterMode
-
-import overflowml
-from overflowml_core.errors import NotAModel, OverflowmlError
-from overflowml_core.facts import Component, Network, Workload
-from overflowml_core.runtime.fake import tracing
 from tests.hosts import pipelines
 from tests.hosts.check import assert_one_line, copy_folder
 
@@ -172,6 +172,17 @@ def test_pipeline_that_works_on_an_image_gets_one(name: str) -> None:
     assert denoised == (8 if "Img2Img" in name else 10)
 
 
+def test_vae_in_half_precision_is_traced_in_the_float32_that_it_is_cast_to() -> None:
+    half = part(measure(pipelines.build("sdxl", torch.float16), SMALL), "vae")
+    full = part(measure(pipelines.build("sdxl"), SMALL), "vae")
+    profile = half.profiles[0]
+    assert {work.dtype for block in profile.blocks for work in block.works} == {"F32"}
+    assert profile.flop == full.profiles[0].flop
+    # Embeddings and latents beside it are half as large; the weights grow by what float32 takes beyond float16.
+    assert half.activation_bytes + half.weight_bytes < full.activation_bytes + full.weight_bytes
+    assert half.activation_bytes > full.activation_bytes - half.weight_bytes
+
+
 def test_component_that_never_runs_is_said_to() -> None:
     pipe = pipelines.build("flux")
     pipe.register_modules(image_encoder=pipelines.build("sdxl").text_encoder)
@@ -188,6 +199,7 @@ def test_pipeline_that_cannot_run_falls_back_to_its_components(monkeypatch: pyte
     monkeypatch.setattr(df.FluxPipeline, "prepare_latents", fail)
     network = measure(pipe, SMALL)
     assert all(p.source == "traced" and p.flop > 0 for c in network.components for p in c.profiles)
+    assert all("no way" in p.note for c in network.components for p in c.profiles)
     assert part(network, "transformer").profiles[0].count == STEPS
 
 

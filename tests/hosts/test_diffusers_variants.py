@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import diffusers as df
-import overflowml_diffusers
 import pytest
 import torch
+
+import overflowml
+import overflowml_diffusers
+from overflowml_core import session
+from overflowml_core.facts import Component, PassProfile, Workload
+from overflowml_core.runtime.fake import Call, tracing
 from overflowml_diffusers.replay import fake_of
 from overflowml_diffusers.twin import twin_module
 from overflowml_diffusers.variants import turn_on
-
-import overflowml
-from overflowml_core.facts import Component, PassProfile, Workload
-from overflowml_core.runtime.fake import Call, tracing
 from tests.hosts import pipelines
 from tests.hosts.check import assert_same, smallest
 
@@ -147,7 +148,7 @@ def test_plan_switches_its_variant_on_and_the_release_off(saved_pipeline: Saved)
         plan, phases=tuple(replace(p, variant="tiling") if p.components == ("vae",) else p for p in plan.phases), fingerprint=""
     )
     assert tiled.managed
-    attached = overflowml.manage(pipe, limits, plan=tiled)
+    attached = session.manage(pipe, limits, plan=tiled)
     assert pipe.vae.use_tiling
     assert not pipe.vae.use_slicing
     latents = torch.randn(1, 4, 24, 24, generator=torch.Generator().manual_seed(0))

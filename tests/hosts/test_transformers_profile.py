@@ -1,4 +1,4 @@
-"""What the passes of transformers models compute and hold: by hand, from a folder as from the live model, and by arithmetic where code cannot run."""
+"""What passes of transformers models compute and hold: by hand, from folders as from live models, by arithmetic where code cannot run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from overflowml_transformers import describe, overflowml_describe, overflowml_measure, profile
 
 from overflowml_core.errors import NotAModel
 from overflowml_core.facts import Experts, Network, PassProfile, Workload
+from overflowml_transformers import describe, overflowml_describe, overflowml_measure, profile
 from tests.hosts import models
 
 Saved = Callable[..., Path]
@@ -267,10 +267,10 @@ def test_every_family_has_a_profile(name: str) -> None:
 
 def test_code_that_goes_token_after_token_is_continued_from_short_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     model = live(models.FAMILIES["mamba"].make())
-    work = Workload(prompt_tokens=128, new_tokens=3)
-    whole = passes(model, work)
-    monkeypatch.setattr(profile, "_BLOCK_OPERATIONS", 1000)
+    work = Workload(prompt_tokens=65, new_tokens=3)
     short = passes(model, work)
+    monkeypatch.setattr(profile, "_BLOCK_OPERATIONS", 10**6)
+    whole = passes(model, work)
     for name, traced in whole.items():
         assert traced.source == "traced"
         assert short[name].source == "analytic"

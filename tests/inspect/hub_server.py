@@ -62,12 +62,14 @@ def _handler(hub):
 
         def do_GET(self):
             path = unquote(self.path.partition("?")[0]).strip("/")
+            if not path.startswith("api/models/") and "/resolve/" not in path:
+                return self.fail(404, "")  # the library may ask for other things of its own
             hub.requests.append(path)
             if path.startswith("api/models/"):
                 name, _, revision = path.removeprefix("api/models/").partition("/revision/")
                 return self.describe(name, revision)
             name, _, rest = path.partition("/resolve/")
-            return self.send_part(hub.repositories[name].get(rest.partition("/")[2]))
+            return self.send_part(hub.repositories.get(name, {}).get(rest.partition("/")[2]))
 
         def describe(self, name, revision):
             if name in hub.errors:

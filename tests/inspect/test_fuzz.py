@@ -12,9 +12,15 @@ pytest.importorskip("safetensors")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-_spec = importlib.util.spec_from_file_location("fuzz_headers", Path(__file__).with_name("fuzz_headers.py"))
-fuzz = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fuzz)
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fuzz = _load("fuzz_headers")
 
 few = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
@@ -80,3 +86,32 @@ def test_mutated_headers(path):
 def test_well_formed_headers_are_accepted(path, seed):
     header, data = fuzz.valid_file(random.Random(seed))
     assert fuzz.check(path, struct.pack("<Q", len(header)) + header + data) == "accepted"
+
+
+@pytest.fixture
+def fuzz_gguf():
+    pytest.importorskip("gguf")
+    return _load("fuzz_gguf")
+
+
+@few
+@given(raw=st.binary(max_size=300), magic=st.sampled_from((b"", b"GGUF", b"GGUF\3\0\0\0", b"GGUF\0\0\0\2")))
+def test_arbitrary_bytes_as_gguf(fuzz_gguf, path, raw, magic):
+    fuzz_gguf.check(path, magic + raw)
+
+
+def test_mutated_gguf_headers(fuzz_gguf, path):
+    rng = random.Random(21)
+    tracemalloc.start()
+    try:
+        outcomes = [fuzz_gguf.check(path, fuzz_gguf.make_input(rng)) for _ in range(150)]
+        assert tracemalloc.get_traced_memory()[1] < fuzz.LARGEST_ALLOCATION_BYTES
+    finally:
+        tracemalloc.stop()
+    assert min(outcomes.count("accepted"), outcomes.count("refused")) > 20
+
+
+@few
+@given(seed=st.integers(0, 2**32))
+def test_well_formed_gguf_headers_are_accepted(fuzz_gguf, path, seed):
+    assert fuzz_gguf.check(path, fuzz_gguf.valid_file(random.Random(seed))) == "accepted"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("huggingface_hub")
+from huggingface_hub import constants
 
 from overflowml_core.errors import BadCheckpoint, NotAModel, OverflowmlError, UnsafeCheckpoint
 from overflowml_core.inspect import hub as hub_module
@@ -25,17 +26,25 @@ LARGE = {"w": ("BF16", (1000, 1000), 2), "b": ("F32", (10,), 4)}
 CONFIG = json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}).encode()
 
 
+def use(endpoint, monkeypatch):
+    """What HF_ENDPOINT does when the library is imported."""
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+
+
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     with hub_server.serve() as server:
+        use(server.endpoint, monkeypatch)
         yield server
 
 
 def describe(hub, cache, repo_id="owner/name", revision=None, subfolder=""):
-    return fetch_description(repo_id, revision, cache, subfolder, endpoint=hub.endpoint)
+    assert hub.endpoint == constants.ENDPOINT  # no test leaves this machine
+    return fetch_description(repo_id, revision, cache, subfolder)
 
 
 def test_a_language_model_is_described_without_its_weights(hub, tmp_path):
@@ -110,15 +119,32 @@ def test_a_second_description_asks_for_the_commit_alone(hub, tmp_path):
 
 
 def test_offline_what_was_described_before_is_known_and_the_rest_is_an_error(hub, tmp_path, monkeypatch):
-    import huggingface_hub
-
     hub.repositories["owner/name"] = {"config.json": CONFIG, "model.safetensors": safetensors_file(LARGE)}
     first = describe(hub, tmp_path)
     hub.requests.clear()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert describe(hub, tmp_path) == first
     with pytest.raises(NotAModel, match="HF_HUB_OFFLINE"):
         describe(hub, tmp_path, "owner/other")
+    assert hub.requests == []
+
+
+def test_offline_a_downloaded_repository_is_described_where_it_lies(hub, tmp_path, monkeypatch):
+    home = tmp_path / "models--owner--name"
+    snapshot = home / "snapshots" / hub_server.COMMIT
+    snapshot.mkdir(parents=True)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(hub_server.COMMIT)
+    (snapshot / "config.json").write_bytes(CONFIG)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(NotAModel, match="HF_HUB_OFFLINE"):  # configurations alone say nothing of bytes
+        describe(hub, tmp_path / "ours")
+    (snapshot / "model.safetensors").write_bytes(safetensors_file(LARGE))
+    found = describe(hub, tmp_path / "ours")
+    assert (found.folder, found.commit) == (snapshot, hub_server.COMMIT)
+    assert found.weight_bytes_by_component == {"model": 2_000_040}
+    assert found.dtype_by_component == {"model": "BF16"}
     assert hub.requests == []
 
 
@@ -151,8 +177,9 @@ def test_nobody_listening_is_one_line(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
+    use(endpoint, monkeypatch)
     with pytest.raises(OverflowmlError, match="cannot be reached"):
-        fetch_description("owner/name", None, tmp_path, endpoint=endpoint)
+        fetch_description("owner/name", None, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +201,7 @@ def test_nobody_listening_is_one_line(tmp_path, monkeypatch):
         ),
         ({"config.json": CONFIG, "model.safetensors.index.json": b'{"weight_map": []}'}, BadCheckpoint, "weight_map"),
         ({"model_index.json": b"[]"}, BadCheckpoint, "not an object"),
+        ({"model_index.json": b'{"vae": ["a", "b"]}', "vae/config.json": b"{}", "vae/model.bin": b""}, UnsafeCheckpoint, "only as pickle"),
         ({"model_index.json": b'{"../x": ["a", "b"]}', "../x/model.safetensors": b""}, NotAModel, "download that"),
     ],
 )

@@ -51,7 +51,14 @@ def work(seconds: float, weight_bytes: int = 0) -> Work:
 
 
 def timed(
-    name: str, sizes: Sequence[int], seconds: Sequence[float], passes: int = 1, *, linear: bool = False, outside_s: float = 0.0, **changes: Any
+    name: str,
+    sizes: Sequence[int],
+    seconds: Sequence[float],
+    passes: int = 1,
+    *,
+    linear: bool = False,
+    outside_s: float = 0.0,
+    **changes: Any,
 ) -> Component:
     """A component whose blocks have these sizes and compute so long in each pass."""
     made = component(name, sizes, **{"passes": passes, **changes})

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from overflowml_core.errors import BadPlan
 from overflowml_core.facts import Limits, Workload
-from overflowml_core.plan import Plan
-from overflowml_core.planner import make_plan
+from overflowml_core.plan import Avoided, Plan
+from overflowml_core.planner import make_plan, with_outlook
 from tests.planner.build import GIB, component, llm, machine, network
+from tests.planner.build_timed import FP8, ONE_DEVICE, mixture, on
 
 PLAN = make_plan(
     network(component("text", [GIB] * 3, GIB), component("model", [GIB] * 6, GIB, GIB)),
@@ -23,6 +24,18 @@ PLAN = make_plan(
     Workload(steps=4),
     Limits(),
 )
+
+
+def _told() -> Plan:
+    """A plan with something in every field: passes, a format, experts, two devices, traps and an outlook."""
+    net, mach = mixture(), on(device=2**30)
+    asked = (net, mach, Workload(prompt_tokens=8), Limits(device_memory="440MiB"), (FP8,), ONE_DEVICE)
+    plan = with_outlook(make_plan(*asked), *asked)
+    trap = Avoided("a trap", "it would have hurt", "it does not")
+    return replace(plan, traps=(trap,), devices=("cuda:0", "cuda:1"), fingerprint="")
+
+
+TOLD = _told()
 LEAF = (
     st.none()
     | st.booleans()
@@ -38,8 +51,8 @@ VALUE = st.recursive(
 
 @st.composite
 def mutated(draw):
-    """The plan's document with one to three values replaced, removed or repeated."""
-    document = json.loads(PLAN.to_json())
+    """A plan's document with one to three values replaced, removed or repeated."""
+    document = json.loads(draw(st.sampled_from([PLAN, TOLD])).to_json())
     for _ in range(draw(st.integers(1, 3))):
         node = document
         while True:
@@ -102,6 +115,47 @@ def test_hostile_values_are_bad_plans(what):
         document = json.loads(replace(PLAN, phases=(*PLAN.phases[:-1], phase), fingerprint="").to_json())
     with pytest.raises(BadPlan):
         Plan.from_json(json.dumps(document))
+
+
+def test_a_plan_with_everything_survives_the_round_trip():
+    assert TOLD.formats == ("fp8",)
+    assert TOLD.outlook
+    assert TOLD.phases[0].expert_cache_bytes
+    assert Plan.from_json(TOLD.to_json()) == TOLD
+    assert Plan.from_json(TOLD.to_json()).to_json() == TOLD.to_json()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 10**400, "1", True, None])
+def test_rates_are_numbers(value):
+    document = json.loads(TOLD.to_json())
+    document["rates"]["memory_bytes_per_s"] = value
+    with pytest.raises(BadPlan):
+        Plan.from_json(json.dumps(document))
+
+
+def test_a_plan_of_another_schema_says_so():
+    with pytest.raises(BadPlan, match="schema 1, this version reads 2"):
+        Plan.from_json(_document(schema=1))
+
+
+def test_a_device_that_is_not_named_is_refused():
+    phase = PLAN.phases[-1]
+    placements = (*phase.placements[:-1], replace(phase.placements[-1], device=1))
+    edited = replace(PLAN, phases=(*PLAN.phases[:-1], replace(phase, placements=placements)), fingerprint="")
+    with pytest.raises(BadPlan, match="is on device 1 of 0"):
+        edited.check()
+
+
+def test_each_device_is_held_to_its_own_budget():
+    each = replace(TOLD, budget=replace(TOLD.budget, each_bytes=(2**20, 2**40)), fingerprint="")
+    with pytest.raises(BadPlan, match="on device 0"):
+        each.check()
+
+
+def test_words_and_predictions_are_no_part_of_the_decision():
+    other = replace(TOLD, reasons=(), rejected=(), rates=None, outlook=(), traps=(), fingerprint="")
+    assert other.fingerprint == TOLD.fingerprint
+    assert replace(TOLD, quality="any", fingerprint="").fingerprint != TOLD.fingerprint
 
 
 def test_small_reserve_survives_the_round_trip():

@@ -145,13 +145,12 @@ def test_multiplied_passes_take_what_simulated_ones_take(row, count):
 
 @settings(max_examples=200, deadline=None)
 @given(rows(), st.integers(1, 12))
-def test_a_pass_is_never_faster_than_its_computing_or_its_copies(row, count):
+def test_a_pass_is_never_faster_than_its_computing(row, count):
     one, place = row
     pace: Pace = pace_of([Round("denoise", count, (one,))], place, 0.0, False)
     first = pace.rounds[0]
     assert first.round_s >= one.spent.total_s - 1e-9
     assert pace.total_s >= count * one.spent.total_s - 1e-9
-    assert first.round_s >= first.link_s + first.disk_s - 1e-6 or count < 4
 
 
 @settings(max_examples=100, deadline=None)

@@ -49,6 +49,14 @@ def test_cpu_and_disk_are_measured_and_nothing_is_left(tmp_path):
     assert {(rate.kind, rate.dtype) for rate in rates.compute} >= {("matmul", "BF16"), ("attention", "F16")}
 
 
+@pytest.mark.parametrize(("percent", "warned"), [(3.0, False), (60.0, True)])
+def test_busy_machine_is_warned_of(tmp_path, monkeypatch, caplog, percent, warned):
+    monkeypatch.setattr(calibrate.psutil, "cpu_percent", lambda interval: percent)
+    monkeypatch.setattr(calibrate, "_rates_of", lambda *arguments: KNOWN)
+    calibrate.calibrate(machine(), tmp_path, quick=True)
+    assert ("other programs take 60 % of the CPU" in caplog.text) is warned
+
+
 def test_operations_of_an_earlier_measurement_stay(tmp_path):
     before = machine(rates=replace(KNOWN, source="measured"))
     assert calibrate.calibrate(before, tmp_path, quick=True).rates.op_seconds == (("old", 1.0),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from typing import Any
 
@@ -97,6 +98,24 @@ def test_a_real_tensor_that_unknown_values_were_written_into_is_unknown() -> Non
 def test_shapes_that_depend_on_missing_values_are_refused() -> None:
     with tracing(), pytest.raises(NoValues, match="nonzero"):
         torch.nonzero(torch.ones(LARGE))
+
+
+def test_equal_shapes_do_not_make_equal_operations() -> None:
+    with tracing() as tracer:
+        whole, wide = torch.zeros(LARGE, dtype=torch.int64), torch.zeros(512, 256)
+        for _ in range(2):
+            assert (whole * 1).dtype == torch.int64
+            assert (whole * 1.0).dtype == torch.float32
+            assert (whole * True).dtype == torch.int64
+            assert torch.zeros_like(wide.t()).stride() == (1, 256)
+            assert torch.zeros_like(wide).stride() == (256, 1)
+            assert wide.sum(0).shape == (256,)
+            assert wide.sum(1).shape == (512,)
+            values, places = wide.topk(3)
+            assert (values.dtype, places.dtype) == (torch.float32, torch.int64)
+            assert values.untyped_storage()._cdata != places.untyped_storage()._cdata
+        del values, places
+        assert tracer.live_bytes() == whole.nbytes + 504 + wide.nbytes
 
 
 # ---- memory
@@ -243,13 +262,19 @@ def test_nothing_is_left_after_an_exception() -> None:
     with torch.device("meta"):
         net = Net()
     names = set(vars(net))
-    with pytest.raises(RuntimeError, match="same reduction dim|cannot be multiplied"), tracing() as tracer:
-        tracer.watch("net", net, ("decode",))
-        net.decode(torch.ones(1, 63))
+
+    def fail() -> None:
+        with tracing() as tracer:
+            tracer.watch("net", net, ("decode",))
+            net.decode(torch.ones(1, 63))
+
+    with pytest.raises(RuntimeError, match=r"same reduction dim|cannot be multiplied"):
+        fail()
     assert set(vars(net)) == names
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     assert not _get_current_dispatch_mode_stack()
     assert torch.is_grad_enabled()
+    assert not logging.getLogger("torch._subclasses.fake_tensor").filters
     assert torch.ones(2).sum().item() == 2.0
     with tracing() as tracer:
         watched(tracer)(torch.ones(1, 64))

@@ -61,7 +61,8 @@ def _memory(timeline: Timeline) -> Markup:
     samples, budget = timeline.memory, timeline.budget_bytes
     peak = max((sample.device_bytes for sample in samples), default=0)
     top = max(peak, budget, 1) * 1.08
-    points, last = [], 0.0
+    points: list[str] = []
+    last = 0.0
     for sample in samples:
         x, y = _x(sample.time_s, timeline), 100 * (1 - sample.device_bytes / top)
         points.append(f"{'L' if points else 'M'}{x:.3f},{last if points else y:.3f}L{x:.3f},{y:.3f}")

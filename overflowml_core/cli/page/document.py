@@ -15,7 +15,16 @@ from overflowml_core.cli.page.charts import timeline_chart
 from overflowml_core.cli.page.holdings import holdings
 from overflowml_core.cli.page.markup import Markup, element, joined
 from overflowml_core.cli.tables import model_words
-from overflowml_core.cli.words import RISKS, hardware_words, seconds_words, strategy_words, token_words, vram_words, work_words
+from overflowml_core.cli.words import (
+    RISKS,
+    hardware_words,
+    memory_heading,
+    seconds_words,
+    strategy_words,
+    token_words,
+    vram_words,
+    work_words,
+)
 from overflowml_core.machine import Machine
 from overflowml_core.plan import Plan
 from overflowml_core.units import format_bytes
@@ -73,7 +82,7 @@ def _section(title: str, content: Markup) -> Markup:
 def _header(plan: Plan, machine: Machine, source: str) -> Markup:
     estimate, budget = plan.estimate, plan.budget.device_bytes
     told = strategy_words(plan.strategy)
-    runs = carried_out(plan)
+    runs = carried_out(plan.strategy)
     verdict = [element("strong", "It runs: " if runs else "It would run: "), element("b", plan.strategy), f", {told}." if told else "."]
     if not runs:
         verdict.append(element("span", f" {NOT_CARRIED_OUT}", class_="warn"))
@@ -83,7 +92,7 @@ def _header(plan: Plan, machine: Machine, source: str) -> Markup:
         ("answers", token_words(estimate, plan.workload.batch), _first_token(plan)),
         ("a pass", "" if estimate.pass_s is None else seconds_words(estimate.pass_s), _bound(plan)),
         ("quality risk", RISKS.get(plan.quality, plan.quality), ", ".join(plan.formats) or "weights as stored"),
-        ("outside the device", _outside(plan), ""),
+        ("outside the device", *_outside(plan)),
     ]
     figures = [
         element("div", element("dt", name), element("dd", value), element("dd", note, class_="note") if note else "")
@@ -114,10 +123,11 @@ def _bound(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def _outside(plan: Plan) -> str:
+def _outside(plan: Plan) -> tuple[str, str]:
     estimate = plan.estimate
-    parts = ((estimate.pinned_bytes, "pinned"), (estimate.ram_bytes, "RAM"), (estimate.disk_bytes, "disk"))
-    return ", ".join(f"{format_bytes(nbytes)} {where}" for nbytes, where in parts if nbytes) or "nothing"
+    parts = {"pinned RAM": estimate.pinned_bytes, "pageable RAM": estimate.ram_bytes, "disk": estimate.disk_bytes}
+    where = [f"{format_bytes(nbytes)} {name}" for name, nbytes in parts.items() if nbytes]
+    return format_bytes(sum(parts.values())), ", ".join(where)
 
 
 def _times(timeline: Timeline, plan: Plan) -> Markup:
@@ -142,7 +152,8 @@ def _alternatives(plan: Plan) -> Markup:
     ways = alternatives(plan)
     batch = plan.workload.batch
     answers = any(token_words(way.estimate, batch) for way in ways)
-    headings = ("Speed", "Strategy", "Est VRAM", "Quality risk", "Time", *(("Answers",) if answers else ()), "Why not")
+    memory = memory_heading(plan)
+    headings = ("Speed", "Strategy", memory, "Quality risk", "Time", *(("Answers",) if answers else ()), "Why not")
     rows = []
     for way in ways:
         vram = vram_words(way.strategy, way.estimate)
@@ -152,9 +163,8 @@ def _alternatives(plan: Plan) -> Markup:
         rows.append((way.speed, way.strategy, vram, RISKS.get(way.quality, way.quality), total, *tokens, why))
     source = "" if plan.rates is None else f", predicted with {plan.rates.source} rates"
     note = element("p", f"Time is for one unit of work: {work_words(plan)}{source}.", class_="dim") if work_words(plan) else ""
-    return joined(
-        _table(headings, rows, frozenset({"Est VRAM", "Time", "Answers"}), ["chosen" if way.chosen else "" for way in ways]), note
-    )
+    marks = ["chosen" if way.chosen else "" for way in ways]
+    return joined(_table(headings, rows, frozenset({memory, "Time", "Answers"}), marks), note)
 
 
 def _refused(plan: Plan) -> Markup:

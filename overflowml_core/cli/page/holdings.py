@@ -23,6 +23,8 @@ _PARTS = {
     "experts": "cached experts",
     "activations": "activations",
 }
+_GAP = 0.0015
+"""Between two blocks, as a part of the strip's width."""
 _MOST_BLOCKS = 400
 """Blocks that are drawn one by one; of more, neighbours that live alike are drawn as one."""
 
@@ -36,13 +38,14 @@ def holdings(plan: Plan) -> Markup:
 def _phase(phase: PhasePlan, plan: Plan, top: int) -> Markup:
     name = phase.name if phase.components == (phase.name,) else f"{phase.name} ({', '.join(phase.components)})"
     variant = f", {phase.variant} switched on" if phase.variant else ""
-    devices = len(phase.devices)
+    activations = phase.activation_bytes * len(phase.devices)
+    others = (phase.fixed_bytes, phase.resident_bytes, phase.expert_cache_bytes, activations)
     parts = {
         "fixed": phase.fixed_bytes,
         "resident": phase.resident_bytes,
-        "slots": phase.slot_count * phase.slot_bytes,
+        "slots": phase.device_bytes - sum(others),  # on every device that streams
         "experts": phase.expert_cache_bytes,
-        "activations": phase.activation_bytes * devices,
+        "activations": activations,
     }
     pieces = [
         element("span", class_=part, style=f"width:{100 * nbytes / top:.4f}%", title=f"{_PARTS[part]}: {format_bytes(nbytes)}")
@@ -78,7 +81,8 @@ def _strips(phase: PhasePlan, plan: Plan) -> list[Markup]:
 def _counts(blocks: Sequence[Placement]) -> str:
     counts = {tier: sum(p.tier is tier for p in blocks) for tier in _TIERS}
     nbytes = {tier: sum(p.stored_bytes for p in blocks if p.tier is tier) for tier in _TIERS}
-    return ", ".join(f"{count} blocks {_TIERS[tier]} ({format_bytes(nbytes[tier])})" for tier, count in counts.items() if count)
+    named = {tier: "1 block" if count == 1 else f"{count} blocks" for tier, count in counts.items() if count}
+    return ", ".join(f"{words} {_TIERS[tier]} ({format_bytes(nbytes[tier])})" for tier, words in named.items())
 
 
 def _experts_tier(placement: Placement) -> Tier:
@@ -101,7 +105,7 @@ def _strip(
 ) -> Markup:
     shapes, place = [], 0
     alike = (lambda pair: pair[0]) if len(placements) <= _MOST_BLOCKS else (lambda pair: (tier(pair[1]), pair[1].format))
-    gap = 0.12 if len(placements) <= 150 else 0.0
+    gap = min(_GAP * len(placements), 0.2)
     for _, group in groupby(enumerate(placements), key=alike):
         run = [placement for _, placement in group]
         title = element("title", words(run[0], run[-1]))
