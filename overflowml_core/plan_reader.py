@@ -25,9 +25,9 @@ from overflowml_core.plan import (
 
 _LARGEST_PLAN_CHARS = 64 * 2**20
 _LARGEST_COUNT = 2**60
-_LONGEST_SECONDS = 1e12
+_LONGEST_SECONDS = 1e30
 _FASTEST = 1e30
-"""Of rates a second: a thousand times what all computers together do."""
+"""Of rates a second; like the longest time far beyond anything, and still a number to reckon with."""
 
 
 def read_plan(text: str | bytes) -> Plan:

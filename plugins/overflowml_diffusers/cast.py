@@ -1,4 +1,4 @@
-"""Casts of a module under a trace: pipelines decode with a VAE in float32 that they keep in float16, and torch cannot cast what has no data."""
+"""Casts of a module under a trace: pipelines decode in float32 with a VAE kept in float16, and torch casts nothing that has no data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from overflowml_core.runtime.fake import Tracer
 class Casts:
     """Lets ``to`` of a watched module, and of every part of it, change its dtype; devices stay as they are.
 
-    The weights count as weights after a cast too. What they take beyond what the module took before counts as an activation, because no plan
-    counts it among the weights.
+    The weights count as weights after a cast too. What they take beyond what the module took before counts as an activation: no plan counts
+    it among the weights.
     """
 
     def __init__(self, module: nn.Module, tracer: Tracer) -> None:

@@ -14,20 +14,20 @@ _ROW = 3072
 """Elements of a row that share a scale: the width of FLUX.1-dev. Scales are what makes a format of 8 bits take a little more."""
 
 BITS = {"fp8": 8 + 32 / _ROW, "int8": 8 + 40 / _ROW, "int4": 4 + 32 / 128}
-"""Bits a weight: FP8 with a float32 scale a row, INT8 with a float32 scale and a zero point a row, INT4 with a scale and a zero point of 16 bits a
-group of 128. Counted from the inner tensors that torchao 0.18 makes."""
+"""Bits a weight: FP8 with a float32 scale a row, INT8 with a float32 scale and a zero point a row, INT4 with a scale and a zero point of 16
+bits a group of 128. Counted from the inner tensors that torchao 0.18 makes."""
 
 RELATIVE_ERRORS = {"fp8": 0.0265, "int8": 0.0085, "int4": 0.0998}
-"""Root mean square error over root mean square of normally distributed weights, 3072 x 3072: measured with torchao 0.18's Float8WeightOnlyConfig and
-Int8WeightOnlyConfig, and with asymmetric rounding in groups of 128 for INT4."""
+"""Root mean square error over root mean square of normally distributed weights, 3072 x 3072: measured with torchao 0.18's
+Float8WeightOnlyConfig and Int8WeightOnlyConfig, and with asymmetric rounding in groups of 128 for INT4."""
 
 CPU_DECODE_BYTES_PER_S = {"fp8": 0.55e9, "int8": 1.6e9}
-"""bfloat16 bytes decoded a second on two cores of a cloud machine with torchao 0.18: what a product of 512 x 3072 by 3072 x 3072 takes longer than in
-bfloat16. There is no INT4 kernel for every CPU, so INT4 is left out there."""
+"""bfloat16 bytes decoded a second on two cores of a cloud machine with torchao 0.18: what a product of 512 x 3072 by 3072 x 3072 takes longer
+than in bfloat16. There is no INT4 kernel for every CPU, so INT4 is left out there."""
 
 _DECODED_SHARE_OF_TRAFFIC = 2 / 3
-"""A weight of one byte is read once and written once as two bytes before the product reads it: of three bytes that pass the memory two are decoded
-weights. What the product itself reads is counted by the cost model already."""
+"""A weight of one byte is read once and written once as two bytes before the product reads it: of three bytes that pass the memory two are
+decoded weights. What the product itself reads is counted by the cost model already."""
 
 
 @hookimpl

@@ -18,6 +18,7 @@ import torch
 
 import overflowml
 from overflowml_core import environment, session
+from overflowml_core.inspect.profile_cache import ProfileCache
 from overflowml_core.loading import current
 from overflowml_core.runtime.engine import Engine
 from tests.hosts import models, pipelines
@@ -42,6 +43,8 @@ def hosts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFact
     for variable in _VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(environment.CACHE, str(tmp_path_factory.mktemp("cache")))
+    # Profiles are kept by content, so that tests may share them; each costs up to a second.
+    monkeypatch.setattr("overflowml_core.description._profiles", lambda: _profiles(tmp_path_factory))
     # A first install may have found no plugins: take it back before they are there.
     overflowml.uninstall()
     register_plugins()
@@ -72,6 +75,15 @@ def quiet() -> Iterator[None]:
     torch.set_num_threads(threads)
     transformers.utils.logging.enable_progress_bar()
     diffusers.utils.logging.enable_progress_bar()
+
+
+_shared: list[ProfileCache] = []
+
+
+def _profiles(tmp_path_factory: pytest.TempPathFactory) -> ProfileCache:
+    if not _shared:
+        _shared.append(ProfileCache(tmp_path_factory.mktemp("profiles")))
+    return _shared[0]
 
 
 def _functions() -> list[Any]:
