@@ -251,7 +251,13 @@ def session_detect(machine: Machine) -> None:
 def peak_of(subject: Subject) -> dict[str, Any]:
     """What the child process found."""
     done = subprocess.run(
-        [sys.executable, __file__, "--peak", subject.name], capture_output=True, text=True, timeout=900, check=False, cwd=ROOT, env=os.environ
+        [sys.executable, __file__, "--peak", subject.name],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+        cwd=ROOT,
+        env=os.environ,
     )
     if done.returncode:
         raise SystemExit(f"predict.py --peak {subject.name} failed:\n{done.stderr[-2000:]}")

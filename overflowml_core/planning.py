@@ -51,6 +51,7 @@ def make_plan(
 
     Raises:
         DoesNotFit: no plan respects the limits.
+        OverflowmlError: a plugin goes on objecting to every plan.
     """
     machine = machine or detect()
     asked = environment.with_environment(limits)
@@ -61,17 +62,24 @@ def make_plan(
         plan = plugins().plan(network, machine, workload or Workload(), replace(asked, excluded=excluded), formats, abilities)
         if plan is None:  # the built-in plugin always answers, unless somebody took it out
             raise OverflowmlError("no plugin made a plan; restore the built-in one")
-        new = [objection for objection in plugins().objections(plan, network, machine) if not excluded.issuperset(objection.exclude)]
-        if not new:
+        raised = plugins().objections(plan, network, machine)
+        if not raised:
             break
-        steered += new
-        excluded = excluded.union(*(objection.exclude for objection in new))
+        steered += raised
+        more = excluded.union(*(objection.exclude for objection in raised))
+        if more == excluded:
+            raise _persistent(raised, "the plan uses what was excluded")
+        excluded = more
     else:
-        named = ", ".join(sorted({objection.trap for objection in steered}))
-        raise OverflowmlError(f"after {_MOST_ROUNDS} plans somebody still objects ({named}); leave that plugin out")
+        raise _persistent(steered, f"after {_MOST_ROUNDS} plans")
     plan = replace(plan, traps=avoided(plan, network, machine, steered))
     plugins().planned(plan)
     return plan
+
+
+def _persistent(objections: list[Objection], when: str) -> OverflowmlError:
+    named = ", ".join(sorted({objection.trap for objection in objections}))
+    return OverflowmlError(f"{when}, and a plugin still objects ({named}); leave that plugin out with OVERFLOWML_DISABLE_PLUGINS")
 
 
 def abilities_of(forecast: bool) -> frozenset[str]:

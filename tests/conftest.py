@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
+
+# On some processors MKL takes other kernels where memory is aligned otherwise, and bits differ between two runs of the plain model already.
+# This is its own switch against that; it is read when MKL first computes.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # Machines are shared: no test fails because it was slow once.
 settings.register_profile("overflowml", deadline=None)

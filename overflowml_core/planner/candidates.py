@@ -222,7 +222,8 @@ def _room(setting: Setting, need: PhaseNeed) -> int:
 
 
 def _chosen(setting: Setting, need: PhaseNeed, takes_turns: bool) -> Residency | None:
-    """The residents of a phase: by time where it is known what the phase computes, else the most bytes."""
+    """The residents of a phase: by time where it is known what the phase computes and how fast, else the most bytes. Rates that are
+    assumed are good enough to tell a user what to expect, and not to leave memory unused."""
     key = key_of(need)
     if key not in setting.known_choices:
         setting.known_choices[key] = _choice(setting, need, takes_turns)
@@ -233,7 +234,7 @@ def _choice(setting: Setting, need: PhaseNeed, takes_turns: bool) -> Residency |
     rounds = setting.rounds(need)
     tier = Tier.DISK if setting.in_ram else Tier.PINNED
     most = choose(need.sizes_bytes, need.owners, _room(setting, need))
-    if most is None or not rounds or (most.slot_count == 0 and not takes_turns):
+    if most is None or not rounds or setting.rates.source == "assumed" or (most.slot_count == 0 and not takes_turns):
         return most
     known = {size: move_of(size, tier, setting.rates, size, setting.in_ram) for size in {*need.sizes_bytes, need.fixed_bytes}}
     moves = {size: move for size, move in known.items() if move is not None}

@@ -14,6 +14,10 @@ NEARLY = 1.03
 """A candidate that leaves the result as it is wins where it takes no more than this many times as long as the best."""
 
 
+TIED = 1 + 1e-6
+"""Times that differ by less are equal: what is between them is rounding. Of equals the simplest wins."""
+
+
 def exclude(candidate: Candidate, limits: Limits) -> None:
     """Mark a candidate that uses what may not be used as not viable."""
     if not candidate.viable:
@@ -57,15 +61,19 @@ def best_of(candidates: Sequence[Candidate], limits: Limits, abilities: frozense
 
     The fastest of those that run within the limits, can be carried out and are permitted. Without times it is the one that moves the
     fewest bytes. Where one that leaves the result as it is takes no more than 3 % longer it wins, then one of minimal loss. Of equals the
-    first wins, and candidates come with the simplest first.
+    first wins, and candidates come with the simplest first; where rates are assumed, whatever is within 3 % counts as equal.
     """
     able = [c for c in candidates if c.viable and permitted(c, limits) and carried_out(c, abilities)]
     if not able:
         return None
     costs = comparable(able)
     least = min(costs)
-    near = [(QUALITY_ORDER.index(c.quality), cost, place) for place, (c, cost) in enumerate(zip(able, costs, strict=True))]
-    return able[min(entry for entry in near if entry[1] <= least * NEARLY)[2]]
+    near = [(c, cost) for c, cost in zip(able, costs, strict=True) if cost <= least * NEARLY]
+    gentlest = min(QUALITY_ORDER.index(c.quality) for c, _ in near)
+    equals = [(c, cost) for c, cost in near if QUALITY_ORDER.index(c.quality) == gentlest]
+    tied = NEARLY if able[0].setting.rates.source == "assumed" else TIED
+    fastest = min(cost for _, cost in equals)
+    return next(c for c, cost in equals if cost <= fastest * tied)
 
 
 def comparable(candidates: Sequence[Candidate]) -> list[float]:

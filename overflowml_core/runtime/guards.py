@@ -6,12 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from overflowml_core.errors import Managed
 
 MODULE_MOVES = ("to", "cuda", "cpu", "xpu", "half", "float", "double", "bfloat16", "to_empty", "type")
 """Methods of ``torch.nn.Module`` that move or cast all parameters."""
+
+
+_SHOWN = (str, int, float, torch.dtype, torch.device)
 
 
 def guard(target: object, methods: Iterable[str], what: str) -> Callable[[], None]:
@@ -80,7 +84,8 @@ def _refuse_all(call: str) -> Callable[..., NoReturn]:
 
 def _refusal(what: str, name: str) -> Callable[..., NoReturn]:
     def refuse(*args: object, **kwargs: object) -> NoReturn:
-        shown = ", ".join([repr(a) if not hasattr(a, "shape") else "..." for a in args] + [f"{k}=..." for k in kwargs])
+        # A state dict or a tensor would fill the message.
+        shown = ", ".join([repr(a) if isinstance(a, _SHOWN) else "..." for a in args] + [f"{k}=..." for k in kwargs])
         raise Managed(what, f"{what}.{name}({shown})")
 
     return refuse
