@@ -1,10 +1,10 @@
-"""How long planning takes, and in how much memory: full-size models by their configurations alone, rows of 100 to 10 000 blocks, and the command
-line from a cold start.
+"""How long planning takes, and in how much memory: full-size models by their configurations alone, rows of 100 to 10 000 blocks, and
+the command line from a cold start.
 
     python benchmarks/plan_speed.py --json benchmarks/results/plan_speed.json
 
-Each model is profiled and planned by the command line in a process of its own, with an empty cache and then again with what the first one kept.
-Peak memory is the largest resident set of the process (ru_maxrss).
+Each model is profiled and planned by the command line in a process of its own, with an empty cache and then again with what the first one
+kept. Peak memory is the largest resident set of the process (ru_maxrss).
 """
 
 from __future__ import annotations

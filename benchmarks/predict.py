@@ -1,13 +1,14 @@
-"""Predicted against measured: bytes of the weights, peak of the compute tier, seconds of every kind of pass, for small models of many families.
+"""Predicted against measured: bytes of the weights, peak of the compute tier, seconds of every kind of pass, for small models of many
+families.
 
-Each model is described and profiled without running it. Then it really runs: once as it is, on this machine, where every pass is timed; and once
-under a budget of two thirds of what it takes, on the device that has one (a GPU, else the virtual accelerator of the tests, in a process of its own),
-where the allocator's peak is read.
+Each model is described and profiled without running it. Then it really runs: once as it is, on this machine, where every pass is timed; and
+once under a budget of about two thirds of what it takes, on a GPU or else on the virtual accelerator of the tests, in a process of its
+own, where the allocator's peak is read.
 
     python benchmarks/predict.py --json benchmarks/results/predict.json
 
-Times rest on a calibration of the machine and of the models' own operations, made in the same run; `time.roofline` are the errors without the
-latter. The machine should do nothing else meanwhile.
+Times rest on a calibration of the machine and of the models' own operations, made in the same run; `time.roofline` are the errors
+without the latter. The machine should do nothing else meanwhile.
 """
 
 from __future__ import annotations
@@ -327,10 +328,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        lines.append(
-            f"| {row['model']} | {row['pass']} | {row['predicted_s'] * 1e3:.1f} ms | {row['measured_s'] * 1e3:.1f} ms | {row['error']:+.1%} | "
-            f"{row['weights']} | {row['peak_predicted']} | {row['peak_measured']} | {row['strategy']} |"
-        )
+        times = f"{row['predicted_s'] * 1e3:.1f} ms | {row['measured_s'] * 1e3:.1f} ms | {row['error']:+.1%}"
+        sizes = f"{row['weights']} | {row['peak_predicted']} | {row['peak_measured']}"
+        lines.append(f"| {row['model']} | {row['pass']} | {times} | {sizes} | {row['strategy']} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,5 @@
-"""The models of predict.py: small ones of the real classes, of many families, with random weights, at sizes that two cores run in about a second."""
+"""The models of predict.py: small ones of the real classes, of many families, with random weights, at sizes that two cores run in about
+a second."""
 
 from __future__ import annotations
 

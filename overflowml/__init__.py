@@ -63,8 +63,8 @@ def describe(source: str | os.PathLike[str] | object, workload: Workload | None 
     """What a model consists of, and what its passes compute and hold: components, blocks, bytes, operations. No weight is read.
 
     Args:
-        source: a folder, the id of a Hub repository, a .gguf or .safetensors file, a size ("40GB", or 40 for so many GB), a live module or a
-            live pipeline.
+        source: a folder, the id of a Hub repository, a .gguf or .safetensors file, a size ("40GB", or 40 for so many GB), a live module
+            or a live pipeline.
         workload: what it is profiled for.
         options: as the host's ``from_pretrained`` would take them (``dtype=torch.bfloat16``).
 
@@ -83,8 +83,8 @@ def plan(
 ) -> Plan:
     """The plan that ``from_pretrained(source, overflow=...)`` would carry out, before anything is loaded.
 
-    Behind a size, a GGUF file or a single safetensors file there is no model that a host would load this way: their plan is a forecast, which may use all
-    that the planner knows.
+    Behind a size, a GGUF file or a single safetensors file there is no model that a host would load this way: their plan is a forecast,
+    which may use all that the planner knows.
 
     Args:
         source: as for :func:`describe`.

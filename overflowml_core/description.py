@@ -16,6 +16,12 @@ from overflowml_core.inspect.profile_cache import ProfileCache, content_key, fol
 from overflowml_core.registry import plugins
 from overflowml_core.units import format_bytes
 
+_CONFIG_ONLY = " (config only)"
+"""Behind the source of a network whose weights nobody has seen; the hosts' descriptions put it there."""
+
+_WHERE_FROM = "_name_or_path"
+"""Key of both hosts' configurations that says where they were read, and nothing of the model."""
+
 _log = logging.getLogger("overflowml")
 
 
@@ -57,7 +63,13 @@ def _describe_folder(place: sources.Place, workload: Workload, options: dict[str
             format_bytes(place.weight_bytes),
             format_bytes(network.weight_bytes),
         )
-    return network if place.name is None else replace(network, source=place.name)
+    return replace(network, source=_source_name(place, network.source))
+
+
+def _source_name(place: sources.Place, described: str) -> str:
+    """What people call the source. A kept network was described from another folder with the same contents, perhaps."""
+    suffix = _CONFIG_ONLY if described.endswith(_CONFIG_ONLY) else ""
+    return place.name or f"{place.folder}{suffix}"
 
 
 def _dtype_options(place: sources.Place) -> dict[str, object]:
@@ -114,10 +126,18 @@ def describe_moe(
 def _config_of(part: object) -> str | None:
     """A component's configuration as text, as both hosts' configurations write themselves; None where it has none."""
     config = getattr(part, "config", None)
-    to_text = getattr(config, "to_json_string", None)
-    if callable(to_text):
-        return str(to_text(use_diff=False))
-    return json.dumps(dict(config), sort_keys=True, default=str) if isinstance(config, Mapping) else None
+    to_dict = getattr(config, "to_dict", None)
+    if callable(to_dict):
+        config = to_dict()
+    return json.dumps(_without_origin(config), sort_keys=True, default=str) if isinstance(config, Mapping) else None
+
+
+def _without_origin(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _without_origin(item) for key, item in value.items() if key != _WHERE_FROM}
+    if isinstance(value, (list, tuple)):
+        return [_without_origin(item) for item in value]
+    return value
 
 
 def _described(folder: Path, workload: Workload, options: dict[str, object]) -> Network:

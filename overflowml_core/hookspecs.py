@@ -203,8 +203,8 @@ def overflowml_ran(plan: Plan, report: Estimate) -> None:
 def overflowml_register_commands(app: object) -> None:
     """Add commands to the command line.
 
-    Called once, when the help is asked for or a command that the project itself does not have. All plugins; an exception is logged and costs
-    the plugin its commands, nothing else.
+    Called once, when the help is asked for or a command that the project itself does not have. All plugins; an exception is logged and
+    costs the plugin its commands, nothing else.
 
     Args:
         app: the ``typer.Typer`` application.

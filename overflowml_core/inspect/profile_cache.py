@@ -32,8 +32,8 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".ckpt")
 def folder_key(folder: Path, workload: Workload, options: Mapping[str, object]) -> str | None:
     """What the description of a model folder depends on, as a digest.
 
-    Configuration files count by their content, weights by name, size and time of the last change: reading them would cost what is to be
-    saved.
+    Where the folder is does not count. Configuration files count by their content, weights by name, size and time of the last change:
+    reading them would cost what is to be saved.
 
     Args:
         folder: of the model or pipeline.
@@ -49,7 +49,7 @@ def folder_key(folder: Path, workload: Workload, options: Mapping[str, object]) 
         return None
     if not parts or len(parts) >= _MOST_FILES or not all(_is_plain(value) for value in options.values()):
         return None
-    return content_key(["folder", str(folder.resolve()), parts, {name: str(value) for name, value in options.items()}], workload)
+    return content_key(["folder", parts, {name: str(value) for name, value in options.items()}], workload)
 
 
 def content_key(content: object, workload: Workload) -> str:

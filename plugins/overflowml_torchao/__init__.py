@@ -1,4 +1,4 @@
-"""torchao's weight-only formats, as the planner needs to know them: bits, errors, and what decoding costs. Imports neither torch nor torchao."""
+"""torchao's weight-only formats, as the planner needs to know them: bits, errors, and what decoding costs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RELATIVE_ERRORS = {"fp8": 0.0265, "int8": 0.0085, "int4": 0.0998}
 Float8WeightOnlyConfig and Int8WeightOnlyConfig, and with asymmetric rounding in groups of 128 for INT4."""
 
 CPU_DECODE_BYTES_PER_S = {"fp8": 0.55e9, "int8": 1.6e9}
-"""bfloat16 bytes decoded a second on two cores of a cloud machine with torchao 0.18: what a product of 512 x 3072 by 3072 x 3072 takes longer
-than in bfloat16. There is no INT4 kernel for every CPU, so INT4 is left out there."""
+"""bfloat16 bytes decoded a second on two cores of a cloud machine with torchao 0.18: what a product of 512 x 3072 by 3072 x 3072 takes
+longer than in bfloat16. There is no INT4 kernel for every CPU, so INT4 is left out there."""
 
 _DECODED_SHARE_OF_TRAFFIC = 2 / 3
 """A weight of one byte is read once and written once as two bytes before the product reads it: of three bytes that pass the memory two are

@@ -255,12 +255,13 @@ def test_place_without_a_model(name: str, as_text: bool, tmp_path: Path) -> None
         lambda: df.UNet2DConditionModel.from_pretrained(place, overflow=True),
     ]
     for ask in asks:
-        with pytest.raises(NotAModel) as caught:
+        # A single file can be planned for, where it is sound.
+        with pytest.raises((NotAModel, BadCheckpoint) if place and Path(place).is_file() else NotAModel) as caught:
             ask()
         assert_one_line(caught.value, shown)
 
 
-@pytest.mark.parametrize("source", [3, None, object(), b"bytes", ["a"]])
+@pytest.mark.parametrize("source", [3 + 1j, None, object(), b"bytes", ["a"]])
 def test_source_of_another_type(source: object) -> None:
     for ask in (overflowml.describe, overflowml.plan, overflowml.manage):
         with pytest.raises(NotAModel) as caught:

@@ -61,7 +61,7 @@ class Job:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         environment["HF_HUB_OFFLINE"] = "1"  # every file is local; nothing waits for a network that is not there
         environment["TOKENIZERS_PARALLELISM"] = "false"
-        # Without it MKL takes other kernels on some processors where memory is aligned otherwise, and two plain runs differ in their last bits.
+        # Without it MKL takes other kernels on some processors where memory is aligned otherwise, and bits of two plain runs differ.
         environment.setdefault("MKL_CBWR", "AUTO,STRICT")
         if self.budget_bytes is not None:
             environment[DEVICE_MEMORY] = f"{self.budget_bytes}B"
