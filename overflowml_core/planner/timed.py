@@ -271,6 +271,7 @@ def _exchanged(problem: Problem, way: _Way) -> _Way:
         for stays, slot_count in _changes(problem, way):
             if problem.steps > _MOST_STEPS:
                 break
+            problem.steps += len(stays)  # looking at a change costs about as much as simulating so many steps
             if not slot_count < stays.count(False) or not _fits(problem, stays, slot_count):
                 continue
             if problem.floor_s(stays, slot_count) >= way.seconds:

@@ -182,7 +182,8 @@ def test_anonymous_bytes_of_no_process(tmp_path):
 def test_anonymous_bytes_grow_by_what_is_allocated():
     before = anonymous_bytes()
     # Straight from the system: what other tests gave back to the process would be taken first.
-    with mmap.mmap(-1, 64 * 2**20) as block:
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    with mmap.mmap(-1, 64 * 2**20, **private) as block:
         for page in range(0, len(block), mmap.PAGESIZE):
             block[page] = 1
         assert anonymous_bytes() - before > len(block) * 0.9
