@@ -117,8 +117,14 @@ def build(subject: Subject) -> Any:
     return target
 
 
-def run(target: Any, subject: Subject) -> dict[tuple[str, str], float]:
-    """One unit of work. Median seconds by (component, pass)."""
+def run(target: Any, subject: Subject, device: str = "cpu") -> dict[tuple[str, str], float]:
+    """One unit of work. Median seconds by (component, pass).
+
+    Args:
+        target: the model or pipeline.
+        subject: what it is asked to do.
+        device: where a model finds its inputs; a pipeline sees to that by itself.
+    """
     watch = Stopwatch()
     hooks: list[Any] = []
     with torch.no_grad():
@@ -143,7 +149,8 @@ def run(target: Any, subject: Subject) -> dict[tuple[str, str], float]:
         hooks = watch.watch("model", target)
         try:
             # The driver of the traces, on real tensors: a profile's activation bytes are the nanoseconds that the stopwatch put there.
-            return {("model", p.name): p.activation_bytes / 1e9 for p in passes(watch, target, subject.workload)}  # type: ignore[arg-type]
+            with torch.device(device):
+                return {("model", p.name): p.activation_bytes / 1e9 for p in passes(watch, target, subject.workload)}  # type: ignore[arg-type]
         finally:
             _remove(hooks)
 
@@ -221,7 +228,7 @@ def measure_peak(name: str) -> None:
     if plan is None:
         limits, plan = Limits(quality="lossless"), whole
     attached = overflowml.manage(target, limits, subject.workload)
-    run(target, subject)
+    run(target, subject, machine.compute.torch_name)
     report = attached.report()
     print(
         json.dumps(

@@ -25,7 +25,7 @@ class Rates:
         pageable_h2d_bytes_per_s, pageable_d2h_bytes_per_s: the same links from and to pageable RAM.
         memory_bytes_per_s: the device's own memory, reads and writes together.
         compute: floating-point rates by kind of work and dtype.
-        launch_s: what an operation costs at least, however small.
+        launch_s: what an operation costs at least in a model's own Python code, however small.
         op_seconds: (signature, seconds of one call) of operations that were measured one by one on this machine.
     """
 

@@ -149,6 +149,6 @@ def calibrate(
             describe(source, workload, options, fresh=True)
         if progress is not None:
             progress(f"{len(recipes)} operations of {source if isinstance(source, (str, os.PathLike)) else type(source).__name__}")
-        machine = with_op_seconds(machine, measure_ops(recipes, machine.compute.torch_name, _OPERATIONS_S))
+        machine = with_op_seconds(machine, measure_ops(recipes, machine.compute.torch_name, _OPERATIONS_S, machine.rates.launch_s))
     save_calibration(machine, folder)
     return machine

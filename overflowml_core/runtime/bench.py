@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from overflowml_core.machine import Accelerator, ComputeRate
+from overflowml_core.runtime.bench_code import TinyBlock
 from overflowml_core.runtime.device import open_device
 
 _log = logging.getLogger("overflowml")
@@ -35,8 +36,7 @@ _MOST_STEPS = 12
 _ALLOCATIONS = 3
 """Rates of RAM depend on where the pages happen to lie, so that several sets of buffers are tried."""
 _ENOUGH_S = 0.6
-_TINY_COUNT = 16
-_LAUNCHES = 500
+_LAUNCHES = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +129,15 @@ class Bench:
         return 3 * 4 * count / self.seconds(lambda: torch.add(first, second, out=total))
 
     def launch_seconds(self) -> float:
-        """What an operation on a few numbers takes when many are issued one after the other."""
-        tiny = torch.ones(_TINY_COUNT, device=self.device)
+        """What an operation takes in a model's own code when it has next to nothing to compute."""
+        block = TinyBlock(self.device)
+        inputs = block.inputs()
 
         def many() -> None:
             for _ in range(_LAUNCHES):
-                torch.add(tiny, tiny)
+                block(*inputs)
 
-        return self.seconds(many) / _LAUNCHES
+        return self.seconds(many) / _LAUNCHES / block.OPERATIONS
 
     def compute_rates(self) -> Iterator[ComputeRate]:
         """Operations a second of each kind of work in each dtype; what the device refuses is left out."""

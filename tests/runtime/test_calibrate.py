@@ -12,8 +12,10 @@ import torch
 from overflowml_core.facts import Accelerator, HostMemory, Machine, Rates
 from overflowml_core.runtime import bench, calibrate, disk_rate
 from overflowml_core.runtime.bench import Bench, Effort, lower_quartile
+from overflowml_core.runtime.bench_code import TinyBlock
 from overflowml_core.runtime.calibrate import measure_ops
 from overflowml_core.runtime.disk_rate import disk_read_rate
+from overflowml_core.runtime.fake import tracing
 from overflowml_core.runtime.probe_works import Recipe, TensorSpec
 
 GIB = 2**30
@@ -228,3 +230,12 @@ def test_operations_of_a_device_with_events_are_timed_by_its_clock(virtual):
 )
 def test_bytes_of_an_argument_are_those_of_its_storage(shape, stride, expected):
     assert calibrate._spec_bytes(TensorSpec(shape, stride, torch.float32)) == expected
+
+
+def test_operations_of_the_tiny_block_are_counted_right():
+    with tracing() as tracer, torch.device("meta"):
+        block = TinyBlock(torch.device("meta"))
+        tracer.watch("block", block)
+        block(*block.inputs())
+        (call,) = tracer.calls
+    assert sum(work.calls for work in call.outside) == TinyBlock.OPERATIONS
