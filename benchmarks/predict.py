@@ -38,6 +38,7 @@ from overflowml_core import session
 from overflowml_core.facts import Limits, Machine, Network
 
 ROOT = Path(__file__).resolve().parents[1]
+CYCLES = 3
 LEAST_PASS_S = 0.01
 """Passes shorter than this are not judged: a scheduler's hiccup is a tenth of them."""
 
@@ -193,6 +194,10 @@ def predicted_seconds(network: Network, machine: Machine, subject: Subject) -> d
     return {(p.component, p.name): p.pass_s for phase in plan.phases for p in phase.passes if p.pass_s is not None}
 
 
+def _medians(times: list[dict[tuple[str, str], float]]) -> dict[tuple[str, str], float]:
+    return {key: statistics.median(one[key] for one in times) for key in times[0]}
+
+
 def errors(predicted: dict[tuple[str, str], float], measured: dict[tuple[str, str], float]) -> dict[tuple[str, str], float]:
     """Signed relative errors of the passes that are long enough to be judged."""
     return {key: predicted[key] / measured[key] - 1 for key in predicted if measured.get(key, 0.0) >= LEAST_PASS_S}
@@ -228,7 +233,7 @@ def measure_peak(name: str) -> None:
     if plan is None:
         limits, plan = Limits(quality="lossless"), whole
     attached = overflowml.manage(target, limits, subject.workload)
-    run(target, subject, machine.compute.torch_name)
+    work(target, subject, machine.compute.torch_name)
     report = attached.report()
     print(
         json.dumps(
@@ -240,6 +245,18 @@ def measure_peak(name: str) -> None:
             }
         )
     )
+
+
+def work(target: Any, subject: Subject, device: str) -> None:
+    """What the subject is asked to do, as a user would have it done: a language model answers token after token."""
+    if is_pipeline(target) or not target.can_generate() or target.config.is_encoder_decoder:
+        run(target, subject, device)
+        return
+    prompt = torch.ones(subject.workload.batch, subject.workload.prompt_tokens or 1, dtype=torch.long, device=device)
+    with torch.no_grad():
+        output = target(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        for _ in range((subject.workload.new_tokens or 1) - 1):
+            output = target(input_ids=prompt[:, :1], past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
 
 
 def _virtual() -> Any:
@@ -286,10 +303,13 @@ def measure(subjects: list[Subject], rounds: int, quick: bool) -> tuple[Report, 
         target = build(subject)
         rough = session.describe(target, subject.workload)
         roofline = predicted_seconds(rough, session.detect(), subject)
-        machine = session.calibrate(quick=True, source=target, workload=subject.workload)
-        predicted = predicted_seconds(rough, machine, subject)
-        taken: list[dict[tuple[str, str], float]] = [run(target, subject) for _ in range(rounds + 1)][1:]
-        measured = {key: statistics.median(times[key] for times in taken) for key in taken[0]}
+        run(target, subject)  # caches fill, kernels are prepared
+        forecasts, taken = [], []
+        for _ in range(1 if quick else CYCLES):  # the machine's speed drifts: predicting and measuring take turns
+            machine = session.calibrate(quick=True, source=target, workload=subject.workload)
+            forecasts.append(predicted_seconds(rough, machine, subject))
+            taken += [run(target, subject) for _ in range(rounds)]
+        predicted, measured = _medians(forecasts), _medians(taken)
         weight_error = abs(rough.weight_bytes - true_weight_bytes(target))
         del target
         gc.collect()

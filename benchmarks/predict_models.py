@@ -55,8 +55,9 @@ def _transformer(model: str, config: str, **settings: Any) -> Callable[[], Any]:
     return make
 
 
-def _clip(projected: bool = False) -> Any:
-    return _transformer("CLIPTextModelWithProjection" if projected else "CLIPTextModel", "CLIPTextConfig", **_CLIP)()
+def _clip(projected: bool = False, **changes: Any) -> Any:
+    kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
+    return _transformer(kind, "CLIPTextConfig", **{**_CLIP, **changes})()
 
 
 def _t5_encoder(model: str = "T5EncoderModel", config: str = "T5Config") -> Any:
@@ -139,10 +140,11 @@ def sd3() -> Any:
     """Stable Diffusion 3: a joint transformer, three text encoders, guided."""
     import diffusers
 
+    narrow = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "projection_dim": 256}
     return diffusers.StableDiffusion3Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        text_encoder=_clip(True),
-        text_encoder_2=_clip(True),
+        text_encoder=_clip(True, **narrow),
+        text_encoder_2=_clip(True, **narrow),
         text_encoder_3=_t5_encoder(),
         tokenizer=None,
         tokenizer_2=None,
@@ -154,9 +156,9 @@ def sd3() -> Any:
             num_layers=8,
             attention_head_dim=64,
             num_attention_heads=10,
-            joint_attention_dim=1536,
+            joint_attention_dim=512,
             caption_projection_dim=640,
-            pooled_projection_dim=1536,
+            pooled_projection_dim=512,
             out_channels=16,
         ),
         vae=_vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, scaling_factor=1.5),

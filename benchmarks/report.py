@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -26,10 +25,14 @@ class Report:
     def document(self) -> dict[str, Any]:
         """The report as JSON values."""
         import overflowml
+        from overflowml_core.inspect.machine_file import machine_document
 
+        machine = machine_document(overflowml.detect())
+        for rates in (machine["rates"], machine["cpu_rates"] or {}):
+            rates.pop("op_seconds", None)  # thousands of lines about the models of this run
         return {
             "benchmark": self.benchmark,
-            "machine": {"platform": platform.platform(), **dataclasses.asdict(overflowml.detect())},
+            "machine": {"platform": platform.platform(), **machine},
             "versions": {name: _version(name) for name in ("overflowml", "torch", "diffusers", "transformers", "accelerate")},
             "figures": self.figures,
         }

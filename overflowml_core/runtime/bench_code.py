@@ -1,5 +1,5 @@
-"""What a model's own Python code costs an operation: a small block written as models of the hosts are, run on so few numbers that nothing else
-takes time."""
+"""What a model's own Python code costs an operation: a small block written as models of the hosts are, run on so few numbers that
+nothing else takes time."""
 
 from __future__ import annotations
 

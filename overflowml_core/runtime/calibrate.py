@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -17,13 +15,12 @@ import torch
 
 from overflowml_core.machine import Accelerator, Machine, Rates
 from overflowml_core.runtime.bench import FULL, QUICK, Bench, Call, Effort, lower_quartile, made_current
+from overflowml_core.runtime.company import Part, time_in_company
 from overflowml_core.runtime.disk_rate import disk_read_rate
 from overflowml_core.runtime.probe import run_recipe
 from overflowml_core.runtime.probe_works import Recipe, TensorSpec
 
 _log = logging.getLogger("overflowml")
-
-_C_LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -31,10 +28,6 @@ _LOOK_S = 0.2
 _BUSY_SHARE = 0.15
 _LEAST_REPEATS, _MOST_REPEATS = 3, 9
 _REPEAT_S = 0.15
-_FRESH_BYTES = 4 * 2**20
-"""Results of this size find fresh pages in a model that runs: the C library gives the pages of large buffers back to the system when
-they are freed, and each page that is touched again costs a fault. Timed over and over by itself, an operation would find the pages of its
-last result. In the decoder of a VAE faults are a quarter of the time."""
 _EVICT_BYTES = 128 * 2**20
 """What is written between two timings so that weights come from memory, as they do in a model that is larger than the caches."""
 _LARGEST_SHARE = 4
@@ -116,12 +109,12 @@ def _rates_of(accelerator: Accelerator, effort: Effort, disk_bytes_per_s: float,
 def measure_ops(
     recipes: Mapping[str, Recipe], device: torch.device | str, seconds_budget: float, launch_s: float = 0.0
 ) -> dict[str, float]:
-    """Seconds of one call of single operations, each the lower quartile of several.
+    """Seconds of one call of single operations.
 
-    On a CPU the time that a model's own code takes around an operation is added (``launch_s``): there it is not hidden behind what computes.
-    Operations that read weights find the caches full of something else, as in a model that is larger than they are; the others find
-    their inputs where the operation before them left them. What does not run here, takes more than a quarter of the free memory, or comes
-    after the budget is spent, is missing in the answer.
+    On a CPU they run in company, in the order of the recipes, and what a model's own code takes around an operation (``launch_s``) is
+    added: there it is not hidden behind what computes. On other devices each is timed by itself: operations that read weights find the
+    caches full of something else, as in a model that is larger than they are, the others find their inputs where they left them. What
+    does not run here, takes more than a quarter of the free memory, or comes after the budget is spent, is missing in the answer.
 
     Args:
         recipes: operations by signature, as a trace collected them; the first are measured first.
@@ -131,21 +124,45 @@ def measure_ops(
     """
     place = torch.device(device)
     until = time.perf_counter() + seconds_budget
-    found: dict[str, float] = {}
     with torch.inference_mode(), made_current(place):
         clock = _OpClock(place)
-        for signature, recipe in recipes.items():
-            if time.perf_counter() >= until:
-                _log.info("%d of %d operations measured in %.1f s; the rest is estimated", len(found), len(recipes), seconds_budget)
-                break
-            if _input_bytes(recipe) > clock.free_bytes() // _LARGEST_SHARE:
-                continue
-            try:
-                seconds = clock.seconds(run_recipe(recipe, place), _reads_weights(recipe), until)
-                found[signature] = seconds + (launch_s if place.type == "cpu" else 0.0)
-            except Exception as error:  # noqa: BLE001 -- an operation with random data may raise what it likes; it is estimated instead
-                _log.info("%s cannot be timed (%s: %s)", recipe.operation, type(error).__name__, next(iter(str(error).splitlines()), ""))
+        room_bytes = clock.free_bytes() // _LARGEST_SHARE
+        small = {signature: recipe for signature, recipe in recipes.items() if _input_bytes(recipe) <= room_bytes}
+        if place.type == "cpu":
+            found = _in_company(small, room_bytes, until, launch_s)
+        else:
+            found = _one_by_one(clock, small, until)
+    if len(found) < len(recipes):
+        _log.info("%d of %d operations measured; the rest is estimated", len(found), len(recipes))
     return found
+
+
+def _in_company(recipes: Mapping[str, Recipe], room_bytes: int, until: float, launch_s: float) -> dict[str, float]:
+    cpu = torch.device("cpu")
+    parts = [
+        Part(signature, recipe, _input_bytes(recipe), _reads_weights(recipe), lambda recipe: run_recipe(recipe, cpu))
+        for signature, recipe in recipes.items()
+    ]
+    found, failed = time_in_company(parts, room_bytes, until)
+    for signature, error in failed.items():
+        _tell_of(recipes[signature], error)
+    return {signature: seconds + launch_s for signature, seconds in found.items()}
+
+
+def _one_by_one(clock: _OpClock, recipes: Mapping[str, Recipe], until: float) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for signature, recipe in recipes.items():
+        if time.perf_counter() >= until:
+            break
+        try:
+            found[signature] = clock.seconds(run_recipe(recipe, clock.device), _reads_weights(recipe), until)
+        except Exception as error:  # noqa: BLE001 -- an operation with random data may raise what it likes; it is estimated instead
+            _tell_of(recipe, error)
+    return found
+
+
+def _tell_of(recipe: Recipe, error: Exception) -> None:
+    _log.info("%s cannot be timed (%s: %s)", recipe.operation, type(error).__name__, next(iter(str(error).splitlines()), ""))
 
 
 class _OpClock:
@@ -171,13 +188,11 @@ class _OpClock:
             cold: whether caches are emptied before each timing.
             until: time of the host's clock at which the least number of repeats is enough.
         """
-        fresh = self.module is None and _bytes_of(call()) >= _FRESH_BYTES
+        call()
         times: list[float] = []
         while len(times) < _LEAST_REPEATS or (len(times) < _MOST_REPEATS and sum(times) < _REPEAT_S and time.perf_counter() < until):
             if cold:
                 self._evictor.add_(1.0)
-            if fresh:
-                _return_pages()
             times.append(self._host_time(call) if self.module is None else self._device_time(call))
         return lower_quartile(times)
 
@@ -194,19 +209,6 @@ class _OpClock:
         end.record()
         self.module.synchronize()
         return float(start.elapsed_time(end)) / 1e3
-
-
-def _bytes_of(result: object) -> int:
-    """Bytes of the tensors that an operation made."""
-    parts = result if isinstance(result, (tuple, list)) else (result,)
-    return sum(part.untyped_storage().nbytes() for part in parts if isinstance(part, torch.Tensor))
-
-
-def _return_pages() -> None:
-    """Have the C library give freed memory back to the system, where it has a word for it (glibc)."""
-    trim = getattr(_C_LIBRARY, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _reads_weights(recipe: Recipe) -> bool:
