@@ -46,7 +46,10 @@ def test_a_size_that_is_none_is_an_error(source, tmp_path, monkeypatch):
         of_text(source, Workload(), tmp_path)
 
 
-@pytest.mark.parametrize("source", ["forty", "", "no such", "/no/such/folder", "./missing", "missing.gguf", "owner/name/../x", "a" * 5000, "a\0b"])
+_NOTHING = ("forty", "", "no such", "/no/such/folder", "./missing", "missing.gguf", "owner/name/../x", "a" * 5000, "a\0b")
+
+
+@pytest.mark.parametrize("source", _NOTHING)
 def test_what_is_nothing_is_no_model(source, tmp_path, hub):
     with pytest.raises(NotAModel) as caught:
         of_text(source, Workload(), tmp_path)
