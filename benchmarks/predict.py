@@ -303,12 +303,14 @@ def measure(subjects: list[Subject], rounds: int, quick: bool) -> tuple[Report, 
         target = build(subject)
         rough = session.describe(target, subject.workload)
         roofline = predicted_seconds(rough, session.detect(), subject)
-        run(target, subject)  # caches fill, kernels are prepared
+        device = session.detect().compute.torch_name
+        target.to(device)
+        run(target, subject, device)  # caches fill, kernels are prepared
         forecasts, taken = [], []
         for _ in range(1 if quick else CYCLES):  # the machine's speed drifts: predicting and measuring take turns
             machine = session.calibrate(quick=True, source=target, workload=subject.workload)
             forecasts.append(predicted_seconds(rough, machine, subject))
-            taken += [run(target, subject) for _ in range(rounds)]
+            taken += [run(target, subject, device) for _ in range(rounds)]
         predicted, measured = _medians(forecasts), _medians(taken)
         weight_error = abs(rough.weight_bytes - true_weight_bytes(target))
         del target

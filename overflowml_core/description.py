@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from overflowml_core import environment, sources
-from overflowml_core.errors import NotAModel
+from overflowml_core.errors import NotAModel, PluginFault
 from overflowml_core.facts import Component, Network, Workload
 from overflowml_core.inspect.profile_cache import ProfileCache, content_key, folder_key
 from overflowml_core.registry import plugins
@@ -54,8 +54,11 @@ def _describe_folder(place: sources.Place, workload: Workload, options: dict[str
     network = cache.get(key) if key is not None and not fresh else None
     if network is None:
         network = _described(place.folder, workload, {**_dtype_options(place), **options})
-        if key is not None:
-            cache.put(key, network)
+        measured = _measured(place.folder, network, workload, {**_dtype_options(place), **options})
+        if measured is not None:
+            network = measured
+            if key is not None:
+                cache.put(key, network)
     if place.weight_bytes is not None and abs(network.weight_bytes - place.weight_bytes) * 50 > place.weight_bytes:
         _log.warning(
             "%s: its files hold %s of weights, the model that its configuration describes %s; planned for the latter",
@@ -90,13 +93,13 @@ def _describe_live(source: object, workload: Workload, options: dict[str, object
     parts = plugins().components(source) or {}
     configs = {name: _config_of(part) for name, part in {"": source, **parts}.items()}
     if any(text is None for name, text in configs.items() if name):
-        return plugins().measure(source, network, workload, options) or network
+        return _measured(source, network, workload, options) or network
     key = content_key(["live", network.class_name, network.fingerprint, configs], workload)
     cache = _profiles()
     known = cache.get(key) if not fresh else None
     if known is not None and len(known.components) == len(network.components):
         return replace(network, components=tuple(map(_with_profile, network.components, known.components)))
-    measured = plugins().measure(source, network, workload, options)
+    measured = _measured(source, network, workload, options)
     if measured is None:
         return network
     cache.put(key, measured)
@@ -144,7 +147,16 @@ def _described(folder: Path, workload: Workload, options: dict[str, object]) -> 
     network = plugins().describe(folder, workload, options)
     if network is None:
         raise NotAModel(folder, "give a diffusers pipeline or transformers folder, or a live module or pipeline")
-    return plugins().measure(folder, network, workload, options) or network
+    return network
+
+
+def _measured(source: object, network: Network, workload: Workload, options: dict[str, object]) -> Network | None:
+    """The network with its profile; None where nobody can make one. A profile that fails is no reason not to load a model."""
+    try:
+        return plugins().measure(source, network, workload, options)
+    except PluginFault as fault:
+        _log.warning("%s has no profile (%s); what its description says of activations is planned with", network.class_name, fault)
+        return None
 
 
 def _profiles() -> ProfileCache:

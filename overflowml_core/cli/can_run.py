@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -55,11 +55,14 @@ def can_run(request: Request, as_json: JsonOption = False) -> None:
 
 
 def verdict_of(question: Question) -> Verdict:
-    """Plan, and say what came of it."""
+    """Plan with what this version carries out, and say what came of it."""
+    lacking = _no_room_on_disk(question)
+    if lacking:
+        return Verdict("no", lacking)
     try:
-        plan = question.plan()
+        plan = replace(question, forecast=False).plan()
     except DoesNotFit as error:
-        return Verdict("no", ending.in_options(str(error)))
+        return Verdict("no", ending.in_options(str(error)) + _would_run(question))
     unknown = question.unknown_activations
     if unknown:
         return Verdict(
@@ -68,8 +71,27 @@ def verdict_of(question: Question) -> Verdict:
     return Verdict("yes", _how(plan), plan)
 
 
+def _no_room_on_disk(question: Question) -> str:
+    """Why the weights cannot even be stored; empty where they can, or are there already."""
+    from overflowml_core.units import format_bytes
+
+    weights, free = question.network.weight_bytes, question.machine.disk_free_bytes
+    if question.local or question.machine.named or weights <= free:
+        return ""
+    where = "make room, or set OVERFLOWML_CACHE to another disk"
+    return f"the weights take {format_bytes(weights)} and the disk has {format_bytes(free)} free; {where}"
+
+
+def _would_run(question: Question) -> str:
+    """What would run with more than this version carries out, as the end of a sentence."""
+    try:
+        plan = question.plan()
+    except DoesNotFit:
+        return ""
+    return f"; it would run as {plan.strategy}, which this version does not carry out yet"
+
+
 def _how(plan: Plan) -> str:
-    from overflowml_core.cli.alternatives import NOT_CARRIED_OUT, carried_out
     from overflowml_core.cli.words import seconds_words, token_words
     from overflowml_core.units import format_bytes
 
@@ -82,7 +104,7 @@ def _how(plan: Plan) -> str:
     ]
     if plan.quality != "lossless":
         parts.append(f"quality {plan.quality}")
-    return ", ".join(filter(None, parts)) + ("" if carried_out(plan.strategy) else f" {NOT_CARRIED_OUT}")
+    return ", ".join(filter(None, parts))
 
 
 def _document(verdict: Verdict) -> dict[str, object]:

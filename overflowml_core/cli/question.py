@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overflowml_core.cli.options import Request
@@ -29,6 +30,7 @@ class Question:
         limits: what the user grants.
         workload: what it will be asked to do.
         forecast: no host would load this source by our plan, so that it may use all that the planner knows.
+        local: its weights are on a disk of this machine already.
     """
 
     network: Network
@@ -36,6 +38,7 @@ class Question:
     limits: Limits
     workload: Workload
     forecast: bool
+    local: bool = True
 
     def plan(self, outlook: bool = False) -> Plan:
         """The plan; with ``outlook`` also what other machines would buy, which takes about as long again for each of them.
@@ -94,7 +97,8 @@ def question_of(request: Request) -> Question:
         barred = frozenset((form.name, "*") for form in session.plugins().formats(machine))
         limits = Limits(limits.device_memory, limits.host_memory, limits.reserve, limits.allow_disk, limits.quality, barred)
     forecast = request.moe is not None or session.is_forecast(request.source)
-    return Question(_network(request, workload, forecast), machine, limits, workload, forecast)
+    local = request.moe is None and Path(request.source).exists()
+    return Question(_network(request, workload, forecast), machine, limits, workload, forecast, local)
 
 
 def machine_of(request: Request) -> Machine:

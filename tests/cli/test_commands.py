@@ -100,6 +100,23 @@ def test_can_run_does_not_know_where_nobody_knows_the_activations(run, monkeypat
     assert run("can-run", "1", *GPU, "--reserve", "1GB")[0] == 0
 
 
+def test_can_run_asks_for_what_this_version_carries_out(run):
+    mixture = ("120", "--moe", "120", "12", "128", "8", "--gpu", "RTX 5090")
+    status, out, _ = run("can-run", *mixture, "--ram", "196GB")
+    assert (status, out.split(" on ")[0]) == (0, "yes: stream")
+    status, out, _ = run("can-run", *mixture, "--ram", "80GB", "--no-disk", "--quality", "any")
+    assert status == 1
+    assert out.rstrip().endswith("int4, which this version does not carry out yet")
+
+
+def test_can_run_needs_room_for_what_is_not_here_yet(run, monkeypatch):
+    small = replace(session.detect(), disk_free_bytes=10**9)
+    monkeypatch.setattr(session, "detect", lambda: small)
+    status, out, _ = run("can-run", "2")
+    assert status == 1
+    assert out.startswith("no: the weights take 1.86 GiB and the disk has 953.7 MiB free")
+
+
 def test_can_run_of_nonsense_is_no_answer(run):
     assert run("can-run", "forty")[0] == 2
 
