@@ -159,7 +159,7 @@ def moe_network(
     )
     note = (
         f"a bare mixture of experts: {shared / 1e9:.3g} billion shared weights and {routed / 1e9:.4g} billion in experts, "
-        f"spread evenly over {depth} blocks, {element:.2g} bytes a weight"
+        f"spread evenly over {depth} blocks, {8 * element:.2g} bits a weight"
     )
     feedforward = max(round(one_count / (3 * width)), 1) * per_token
     profiles = language_model_profiles(_language_shape(layer, depth, width, feedforward), workload or Workload(), note)

@@ -52,4 +52,4 @@ def _show(report: Report) -> None:
         if check.fix:
             console.print(f"         Fix: {check.fix}", markup=False)
     levels = [check.level for check in report.checks]
-    console.print(f"{levels.count('PASS')} passed, {levels.count('WARN')} warnings, {levels.count('FAIL')} failed", markup=False)
+    console.print(f"{levels.count('PASS')} passed, {levels.count('WARN')} to look at, {levels.count('FAIL')} failed", markup=False)

@@ -61,9 +61,13 @@ def best_of(candidates: Sequence[Candidate], limits: Limits, abilities: frozense
 
     The fastest of those that run within the limits, can be carried out and are permitted. Without times it is the one that moves the
     fewest bytes. Where one that leaves the result as it is takes no more than 3 % longer it wins, then one of minimal loss. Of equals the
-    first wins, and candidates come with the simplest first; where rates are assumed, whatever is within 3 % counts as equal.
+    first wins, and candidates come with the simplest first. Where rates are assumed, whatever is within 3 % counts as equal, and nobody
+    leaves memory unused for a time that was never measured: every block is streamed only where nothing else runs.
     """
     able = [c for c in candidates if c.viable and permitted(c, limits) and carried_out(c, abilities)]
+    if able and able[0].setting.rates.source == "assumed":
+        fuller = {c.recipe.format for c in able if c.kind in ("direct", "phased", "stream")}
+        able = [c for c in able if c.kind != "sequential" or c.recipe.format not in fuller]
     if not able:
         return None
     costs = comparable(able)
