@@ -38,7 +38,8 @@ from overflowml_core import session
 from overflowml_core.facts import Limits, Machine, Network
 
 ROOT = Path(__file__).resolve().parents[1]
-CYCLES = 3
+CYCLES = 5
+"""How often predicting and measuring take turns in the long run."""
 LEAST_PASS_S = 0.01
 """Passes shorter than this are not judged: a scheduler's hiccup is a tenth of them."""
 
