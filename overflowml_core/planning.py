@@ -100,7 +100,8 @@ def with_outlook(
     from overflowml_core.planner import with_outlook as add
 
     machine = machine or detect()
-    asked = environment.with_environment(limits)
+    # What was objected to stays left out on a larger machine, too.
+    asked = replace(environment.with_environment(limits), excluded=plan.limits.excluded)
     return add(plan, network, machine, workload or Workload(), asked, plugins().formats(machine), abilities_of(forecast))
 
 
@@ -127,7 +128,7 @@ def calibrate(
     Args:
         progress: told in words what is being measured.
         quick: fewer and smaller measurements.
-        source: a model whose own operations are measured, one by one on random data, so that its times are predicted closely; as for
+        source: a model whose own operations are measured on random data, so that its times are predicted closely; as for
             :func:`describe`, but one that is run by its host's code. The machine's own rates are then measured only where none are kept.
         workload: what the model will be asked to do.
         options: as for :func:`describe`.

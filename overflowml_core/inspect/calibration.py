@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from overflowml_core.errors import OverflowmlError
 from overflowml_core.facts import digest
 from overflowml_core.inspect.cpu import read_text
+from overflowml_core.inspect.files import write_whole
 from overflowml_core.inspect.torch_build import torch_version
 from overflowml_core.machine import Accelerator, Machine, Rates
 
@@ -103,8 +103,7 @@ def save_calibration(machine: Machine, folder: str | os.PathLike[str]) -> Path:
     text = json.dumps({"schema": CALIBRATION_SCHEMA, "hardware": hardware, "rates": measured})
     target = Path(folder) / _FOLDER / f"{digest(hardware)}.json"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, text)
+        write_whole(target, text.encode())
         _forget_oldest(target.parent)
     except OSError as error:
         raise OverflowmlError(f"calibration: {target} cannot be written ({error}); set OVERFLOWML_CACHE to a folder that can") from None
@@ -186,19 +185,6 @@ def _read(path: Path) -> dict[str, Any] | None:
         _LOG.warning("%s: not a calibration of this version; run 'overflowml calibrate' to measure again", path)
         return None
     return document
-
-
-def _replace(target: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one."""
-    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def _forget_oldest(folder: Path) -> None:

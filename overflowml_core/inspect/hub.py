@@ -26,6 +26,7 @@ from overflowml_core.inspect.checkpoint import (
     open_checkpoint,
     read_json,
 )
+from overflowml_core.inspect.files import write_whole
 from overflowml_core.inspect.hub_client import HubClient, Repository
 from overflowml_core.inspect.safetensors import LARGEST_HEADER_BYTES, Header, parse_header
 
@@ -98,7 +99,7 @@ def fetch_description(repo_id: str, revision: str | None, cache_folder: Path, su
         return kept
     repository = client.repository()
     kept = _read_kept(home, repository.commit, subfolder) or _Fetch(client, repository, subfolder).into(home)
-    _write(pointer, json.dumps({"commit": repository.commit}).encode())
+    write_whole(pointer, json.dumps({"commit": repository.commit}).encode())
     return kept
 
 
@@ -152,7 +153,7 @@ class _Fetch:
             sizes[component] = sum(totals.values())
         chosen_files = tuple(self._start + name for chosen in files.values() for name in chosen)
         document = {"dtypes": dtypes, "bytes": sizes, "files": list(chosen_files)}
-        _write(_record(home, self._repository.commit, self._subfolder), json.dumps(document).encode())
+        write_whole(_record(home, self._repository.commit, self._subfolder), json.dumps(document).encode())
         return HubDescription(target, self._repository.commit, MappingProxyType(dtypes), MappingProxyType(sizes), chosen_files)
 
     def _component_folders(self) -> list[str]:
@@ -329,15 +330,3 @@ def _in_host_cache(client: HubClient, subfolder: str) -> HubDescription | None:
     dtypes = {name: counts.most_common(1)[0][0] for name, counts in totals.items() if counts}
     sizes = {name: counts.total() for name, counts in totals.items()}
     return HubDescription(place, snapshot.name, MappingProxyType(dtypes), MappingProxyType(sizes), tuple(files))
-
-
-def _write(path: Path, raw: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(raw)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -8,12 +8,12 @@ import importlib.metadata
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 
 from overflowml_core.facts import Network, Workload
+from overflowml_core.inspect.files import write_whole
 from overflowml_core.network_reader import LARGEST_NETWORK_CHARS, NETWORK_SCHEMA, network_from_json, network_to_json
 
 _LOG = logging.getLogger(__name__)
@@ -112,20 +112,11 @@ class ProfileCache:
 
     def put(self, key: str, network: Network) -> None:
         """Keep a network. A full or read-only disk is no reason to fail: the profile is then made again next time."""
-        temporary: str | None = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, temporary = tempfile.mkstemp(dir=self._folder, prefix=".part-")  # readable by this user alone
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(network_to_json(network))
-            os.replace(temporary, self._path(key))
-            temporary = None
+            write_whole(self._path(key), network_to_json(network).encode())
             self._forget_oldest()
         except OSError as error:
             _LOG.warning("%s: the profile cannot be kept (%s)", self._folder, error)
-        finally:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.json"

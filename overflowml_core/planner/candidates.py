@@ -103,6 +103,19 @@ def whole_residency(need: PhaseNeed) -> Residency:
     return Residency((True,) * len(need.blocks), 0, 0)
 
 
+def settled(candidate: Candidate, homes: Sequence[PhaseHomes]) -> bool:
+    """Give a candidate's weights these homes. False where that needs a disk that may not be used: the candidate is not viable then."""
+    setting = candidate.setting
+    candidate.homes = tuple(homes)
+    if setting.limits.allow_disk:
+        return True
+    refused = reasons.disk_refusal(candidate.drafts, candidate.homes, setting.machine, setting.budget)
+    if refused is None:
+        return True
+    candidate.reason, candidate.failure = str(refused), refused
+    return False
+
+
 def worked_out(candidate: Candidate) -> Candidate:
     """Give a candidate's weights their homes and predict what it takes; it is not viable afterwards where its limits do not hold it."""
     setting, drafts = candidate.setting, candidate.drafts
@@ -110,12 +123,8 @@ def worked_out(candidate: Candidate) -> Candidate:
         candidate.homes = tuple(PhaseHomes([Tier.DEVICE] * len(draft.need.blocks)) for draft in drafts)
     else:
         assigned = homes_of.assign(drafts, pinned_budget(setting.machine, setting.budget), setting.budget.host_bytes)
-        candidate.homes = tuple(assigned)
-        if not setting.limits.allow_disk:
-            refused = reasons.disk_refusal(drafts, assigned, setting.machine, setting.budget)
-            if refused is not None:
-                candidate.reason, candidate.failure = str(refused), refused
-                return candidate
+        if not settled(candidate, assigned):
+            return candidate
     turns = candidate.takes_turns
     candidate.forecasts = tuple(forecast(d, h, setting, turns) for d, h in zip(drafts, candidate.homes, strict=True))
     candidate.estimate = whole(drafts, candidate.forecasts, candidate.kind in ("direct", "cpu"))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from overflowml_core.facts import Tier
 from overflowml_core.planner import reasons
-from overflowml_core.planner.candidates import Candidate, whole_residency, worked_out
+from overflowml_core.planner.candidates import Candidate, settled, whole_residency, worked_out
 from overflowml_core.planner.cost import Costs, Spent
 from overflowml_core.planner.estimates import PhaseRun, assembled, whole
 from overflowml_core.planner.homes import Draft, PhaseHomes, assign
@@ -64,12 +64,8 @@ def split_candidate(setting: Setting, recipe: Recipe) -> Candidate | None:
         drafts.append(draft)
     candidate.drafts = tuple(drafts)
     assigned = assign(drafts, pinned_budget(setting.machine, setting.budget), setting.budget.host_bytes)
-    candidate.homes = tuple(assigned)
-    if not setting.limits.allow_disk:
-        refused = reasons.disk_refusal(drafts, assigned, setting.machine, setting.budget)
-        if refused is not None:
-            candidate.reason, candidate.failure = str(refused), refused
-            return candidate
+    if not settled(candidate, assigned):
+        return candidate
     turns = candidate.takes_turns
     costs = costs_of(setting)
     candidate.forecasts = tuple(

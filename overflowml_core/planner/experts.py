@@ -23,7 +23,7 @@ from overflowml_core.activations import ASSUMED_TOKENS
 from overflowml_core.facts import Experts, Tier, Workload
 from overflowml_core.machine import Rates
 from overflowml_core.planner import reasons
-from overflowml_core.planner.candidates import Candidate, whole_residency
+from overflowml_core.planner.candidates import Candidate, settled, whole_residency
 from overflowml_core.planner.cost import Spent
 from overflowml_core.planner.estimates import PhaseForecast, PhaseRun, assembled, brought_bytes, forecast, whole
 from overflowml_core.planner.homes import Draft, PhaseHomes, assign, spread_within
@@ -109,12 +109,8 @@ def expert_candidate(setting: Setting, recipe: Recipe) -> Candidate | None:
     host_bytes = setting.budget.host_bytes
     assigned = assign(drafts, pinned_budget(setting.machine, setting.budget), host_bytes)
     _place_experts(drafts, assigned, pinned_budget(setting.machine, setting.budget), host_bytes)
-    candidate.homes = tuple(assigned)
-    if not setting.limits.allow_disk:
-        refused = reasons.disk_refusal(drafts, assigned, setting.machine, setting.budget)
-        if refused is not None:
-            candidate.reason, candidate.failure = str(refused), refused
-            return candidate
+    if not settled(candidate, assigned):
+        return candidate
     candidate.forecasts = tuple(_forecast(d, h, setting, turns) for d, h in zip(drafts, assigned, strict=True))
     candidate.estimate = whole(drafts, candidate.forecasts, False)
     return candidate
