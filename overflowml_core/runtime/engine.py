@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,31 +22,18 @@ from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
 from overflowml_core.runtime.gradients import refuse_gradients, without_gradient
 from overflowml_core.runtime.guards import guard_parts
 from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk
+from overflowml_core.runtime.phase import Phase, buffers_of
 from overflowml_core.runtime.recast import Cast, cast_phase, check_room
 from overflowml_core.runtime.slab import Slab, lay_out
 from overflowml_core.runtime.source import FileReader, stored_as_is
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.runtime.streamer import Streamer
-from overflowml_core.runtime.structure import Owner, Structure, Unit, dissect
+from overflowml_core.runtime.structure import Structure, Unit, dissect
 
 _log = logging.getLogger("overflowml")
 
 Progress = Callable[[int, int], None]
 """Called with bytes brought in so far, and in all."""
-
-
-@dataclass(slots=True)
-class _Phase:
-    """What the runtime holds for one phase of the plan."""
-
-    plan: PhasePlan
-    streamer: Streamer
-    residents: list[Home] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
-    arenas: list[torch.Tensor] = field(default_factory=list)
-    buffers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    """Pairs of a buffer on the device and the one that it stands for."""
-    casts: dict[torch.dtype, Cast] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -73,10 +60,10 @@ class Engine:
         largest_slot = max((phase.slot_bytes for phase in plan.phases), default=0)
         self._feeder = Feeder(device, self._reader, min(largest_slot or LARGEST_WINDOW_BYTES, LARGEST_WINDOW_BYTES * 4))
         self._held: list[_Held] = []
-        self._phases: list[_Phase] = []
+        self._phases: list[Phase] = []
         self._hooks: list[Any] = []
         self._undo: list[Callable[[], None]] = []
-        self._active: _Phase | None = None
+        self._active: Phase | None = None
         self._switch = threading.RLock()
         self._detached = False
 
@@ -125,7 +112,7 @@ class Engine:
                 if progress is not None:
                     progress(done, total)
             streamer = Streamer(self.device, self._feeder, streamed, phase_plan.slot_count, phase_plan.slot_bytes)
-            phase = _Phase(phase_plan, streamer, residents, [modules[name] for name in phase_plan.components])
+            phase = Phase(self.device, self._feeder, phase_plan, streamer, residents, [modules[name] for name in phase_plan.components])
             self._phases.append(phase)
             self._hook_phase(phase, {name: modules[name] for name in phase_plan.components}, structures)
 
@@ -184,73 +171,28 @@ class Engine:
             phase.streamer = Streamer(self.device, self._feeder, cast.streamed, phase.plan.slot_count, cast.slot_bytes)
             for home in (*cast.residents, *cast.streamed):
                 home.slab.install(home.parameters)
-            for owner, buffer in _buffers_of(phase.modules):
+            for owner, buffer in buffers_of(phase.modules):
                 if buffer.is_floating_point() and buffer.dtype is not dtype:
                     self._undo.append(partial(owner.module._buffers.__setitem__, owner.attribute, buffer))
                     owner.module._buffers[owner.attribute] = buffer.to(dtype)
 
-    def _activate(self, phase: _Phase) -> None:
+    def _activate(self, phase: Phase) -> None:
         """Make a phase the one on the device. Whatever fails, no phase is half there."""
         with self._switch, torch.inference_mode(False), torch.no_grad():
             if self._active is phase:
                 return
             self._deactivate()
-            try:
-                for home in phase.residents:
-                    arena = self.device.empty(home.slab.nbytes)
-                    phase.arenas.append(arena)
-                    start, end = self.device.new_event(), self.device.new_event()
-                    self.device.record(start)
-                    self._feeder.feed(home, arena, start, end)
-                    self.device.wait(end)
-                    home.slab.install(home.slab.parameters(arena))
-                if not self.device.on_host:
-                    self._bring_buffers(phase)
-                phase.streamer.open()
-            except BaseException:
-                self._leave(phase)
-                raise
+            phase.enter()
             self._active = phase
 
     def _deactivate(self) -> None:
         phase, self._active = self._active, None
         if phase is not None:
-            self._leave(phase)
-
-    def _leave(self, phase: _Phase) -> None:
-        self.device.synchronize()
-        phase.streamer.close()
-        for home in phase.residents:
-            home.slab.install(home.parameters)
-        if not self.device.on_host:
-            self._take_buffers_home(phase)
-        phase.arenas.clear()
-        self.device.trim()
-
-    def _bring_buffers(self, phase: _Phase) -> None:
-        moved: dict[int, torch.Tensor] = {}
-        for owner, buffer in _buffers_of(phase.modules):
-            if id(buffer) not in moved:  # one that several modules share stays one
-                moved[id(buffer)] = buffer.to(self.device.torch_device)
-                phase.buffers.append((moved[id(buffer)], buffer))
-            owner.module._buffers[owner.attribute] = moved[id(buffer)]
-
-    def _take_buffers_home(self, phase: _Phase) -> None:
-        originals = {id(moved): original for moved, original in phase.buffers}
-        for moved, original in phase.buffers:
-            if moved is not original:
-                original.copy_(moved)  # a model may write to its buffers
-        for owner, present in _buffers_of(phase.modules):
-            original = originals.get(id(present))
-            if original is None and present.device.type == self.device.torch_device.type:
-                original = present.to("cpu")  # the model put another one in its place
-            if original is not None:
-                owner.module._buffers[owner.attribute] = original
-        phase.buffers.clear()
+            phase.leave()
 
     # ---- hooks
 
-    def _hook_phase(self, phase: _Phase, modules: Mapping[str, nn.Module], structures: Mapping[str, Structure]) -> None:
+    def _hook_phase(self, phase: Phase, modules: Mapping[str, nn.Module], structures: Mapping[str, Structure]) -> None:
         taking_turns = len(self.plan.phases) > 1
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -276,7 +218,7 @@ class Engine:
                     if part is not module:
                         self._hooks.append(part.register_forward_pre_hook(ensure, prepend=True))
 
-    def _hook_block(self, phase: _Phase, k: int, module: nn.Module) -> None:
+    def _hook_block(self, phase: Phase, k: int, module: nn.Module) -> None:
         # Through the phase, which has another streamer after a cast.
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -367,16 +309,6 @@ def _mismatch(placement: Placement, unit: Unit | None) -> str:
     found = "no such block" if unit is None else f"a block of {unit.slab_bytes} bytes"
     wanted = f"{placement.component}.{placement.block}: the plan has {placement.stored_bytes} bytes"
     return f"{wanted}, the model {found}; make a plan for this model"
-
-
-def _buffers_of(modules: Iterable[nn.Module]) -> list[tuple[Owner, torch.Tensor]]:
-    return [
-        (Owner(inner, attribute), buffer)
-        for module in modules
-        for inner in module.modules()
-        for attribute, buffer in inner._buffers.items()
-        if buffer is not None
-    ]
 
 
 def _direct_owners(structure: Structure) -> Iterable[nn.Module]:
