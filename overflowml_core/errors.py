@@ -7,6 +7,7 @@ try again with other settings and bury the message.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 
@@ -61,6 +62,39 @@ class ReadFault(OverflowmlError):
             f"{path}: expected {expected_bytes} bytes at offset {offset}, got {got_bytes}{why}; "
             "the file changed or was cut after loading: restore it and load the model again"
         )
+
+
+class FileChanged(ReadFault):
+    """A file of weights that somebody wrote to or cut after the model was loaded from it.
+
+    ``before`` and ``now`` are its size in bytes and the time of its last change in nanoseconds since 1970.
+    """
+
+    def __init__(self, path: str | Path, before: tuple[int, int], now: tuple[int, int]) -> None:
+        self.path, self.offset, self.before, self.now = Path(path), 0, before, now
+        self.expected_bytes, self.got_bytes = before[0], now[0]
+        OverflowmlError.__init__(
+            self,
+            f"{path}: expected {before[0]} bytes last changed at {_moment(before[1])}, "
+            f"found {now[0]} bytes last changed at {_moment(now[1])}; "
+            "the file changed after loading: load the model again, or restore the file with its time stamp",
+        )
+
+
+def _moment(nanoseconds: int) -> str:
+    """A time as people write it, with all its digits: two changes within a second are two."""
+    whole = datetime.fromtimestamp(nanoseconds // 10**9, tz=timezone.utc)
+    return f"{whole:%Y-%m-%dT%H:%M:%S}.{nanoseconds % 10**9:09d}Z"
+
+
+class DamagedPack(ReadFault):
+    """A packed copy of weights in the cache folder whose bytes are not those that were written."""
+
+    def __init__(self, path: str | Path, offset: int, nbytes: int, is_removed: bool) -> None:
+        self.path, self.offset = Path(path), offset
+        self.expected_bytes, self.got_bytes = nbytes, nbytes
+        remedy = "it was removed; load the model again" if is_removed else "remove it and load the model again"
+        OverflowmlError.__init__(self, f"{path}: the {nbytes} bytes at offset {offset} are not those that were written; {remedy}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ class Loading:
     Attributes:
         limits: what the user granted.
         workload: what the model will do.
+        shows_progress: whether the host shows how far its loads are, so that ours may, too.
         describe_only: nothing is loaded at all; parameters stay without data.
         origins: by id of a parameter without data, the parameter (kept alive, so that the id stays its own) and where its data is.
     """
@@ -40,6 +41,7 @@ class Loading:
     limits: Limits
     workload: Workload = field(default_factory=Workload)
     describe_only: bool = False
+    shows_progress: bool = True
     origins: dict[int, tuple[object, Origin]] = field(default_factory=dict)
 
     def defer(self, parameter: object, origin: Origin) -> None:

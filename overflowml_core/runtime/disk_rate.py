@@ -1,9 +1,11 @@
-"""Measures how fast a disk reads in sequence, past the page cache where the system allows it. Knows nothing of models."""
+"""Measures how fast a disk reads in sequence, in the way in which blocks are read: past the page cache where the system allows it, with
+several reads in flight. Knows nothing of models."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import mmap
 import os
@@ -12,16 +14,19 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from overflowml_core.runtime.chunks import CHUNK_BYTES
+from overflowml_core.runtime.reader import IN_FLIGHT
 
 _log = logging.getLogger("overflowml")
 
-CHUNK_BYTES = 16 * 2**20
-"""One read. From about 4 MiB on, larger reads of one thread are no faster on NVMe drives; blocks of models are larger still."""
 FREE_SHARE = 10
 """At most a tenth of the free space is written."""
-_LEAST_BYTES = 4 * CHUNK_BYTES
+_LEAST_BYTES = 64 * 2**20
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _F_NOCACHE = 48  # fcntl.h of macOS: reads of this descriptor stay out of the page cache
 
@@ -44,7 +49,7 @@ def disk_read_rate(folder: Path, nbytes: int) -> float:
         raise OSError(errno.ENOSPC, f"less than {FREE_SHARE * _LEAST_BYTES} bytes are free", str(folder))
     # Whole pages at an aligned address, as direct reads need them.
     with mmap.mmap(-1, CHUNK_BYTES) as buffer, _file(folder, size, buffer) as descriptor:
-        return statistics.median(_rates(descriptor, size, buffer))
+        return statistics.median(_rates(descriptor, size))
 
 
 @contextlib.contextmanager
@@ -104,16 +109,32 @@ def _drop_cache(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _rates(descriptor: int, size: int, buffer: mmap.mmap) -> list[float]:
-    """Bytes a second of each eighth of the file, or of each chunk of a small one."""
-    part = max(CHUNK_BYTES, size // 8 // CHUNK_BYTES * CHUNK_BYTES)
-    rates = []
-    for start in range(0, size - part + 1, part):
-        began = time.perf_counter()
-        for offset in range(start, start + part, CHUNK_BYTES):
+def _rates(descriptor: int, size: int) -> list[float]:
+    """Bytes a second of each eighth of the file, by the times at which its chunks were there."""
+    began = time.perf_counter()
+    waiting = deque(range(0, size, CHUNK_BYTES))
+    # Windows has no positioned reads: seeks of several threads would cross.
+    count = IN_FLIGHT if hasattr(os, "preadv") else 1
+    with ThreadPoolExecutor(count, thread_name_prefix="overflowml-disk") as pool:
+        jobs = [pool.submit(_read_all, descriptor, waiting) for _ in range(count)]
+    done_s = sorted(moment - began for job in jobs for moment in job.result())
+    part = max(count, len(done_s) // 8)
+    ends_s = [0.0, *done_s[part - 1 :: part]]
+    return [part * CHUNK_BYTES / max(end - start, 1e-9) for start, end in itertools.pairwise(ends_s)]
+
+
+def _read_all(descriptor: int, waiting: deque[int]) -> list[float]:
+    """Read chunks until none is left; returns when each was there."""
+    done_s: list[float] = []
+    with mmap.mmap(-1, CHUNK_BYTES) as buffer:
+        while waiting:
+            try:
+                offset = waiting.popleft()
+            except IndexError:  # another thread took the last one
+                break
             _read(descriptor, offset, buffer)
-        rates.append(part / max(time.perf_counter() - began, 1e-9))
-    return rates
+            done_s.append(time.perf_counter())
+    return done_s
 
 
 def _read(descriptor: int, offset: int, buffer: mmap.mmap) -> None:

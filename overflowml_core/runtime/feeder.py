@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from overflowml_core.facts import Tier
 from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.file_layout import FileLayout, as_in_file
 from overflowml_core.runtime.homes import Home
+from overflowml_core.runtime.reader import FileReader
+from overflowml_core.runtime.ring_layout import windows_of
 from overflowml_core.runtime.slab import Slab
-from overflowml_core.runtime.source import FileReader, Piece, cut, fill, windows
+from overflowml_core.runtime.source import fill, stored_as_is, windows
 
 _RING_COUNT = 2
 """Two buffers: the disk fills one while the copy engine empties the other."""
@@ -42,6 +47,31 @@ class Feeder:
         # The reader thread streams blocks while a phase switch may bring in residents; both use the ring.
         self._lock = threading.Lock()
 
+    def slot_bytes(self, homes: Sequence[Home], slab_bytes: int, spare_bytes: int) -> int:
+        """What a staging slot takes so that blocks can be read into it straight from their files.
+
+        Args:
+            homes: of the blocks that pass through it.
+            slab_bytes: what it takes at least.
+            spare_bytes: what it may take in addition.
+        """
+        taken = (layout.slab.nbytes for layout in map(self._layout_of, homes) if layout is not None)
+        return max((nbytes for nbytes in taken if slab_bytes < nbytes <= slab_bytes + spare_bytes), default=slab_bytes)
+
+    def staged(self, home: Home, slot_bytes: int) -> Home:
+        """A home as its block lies in a slot: as in its files where that makes reads faster and the slot has room, else as a slab."""
+        layout = self._layout_of(home)
+        if layout is None or layout.slab.nbytes > slot_bytes:
+            return home
+        return replace(home, slab=layout.slab, pieces=layout.pieces)
+
+    def _layout_of(self, home: Home) -> FileLayout | None:
+        if not self.device.on_host or home.tier is not Tier.DISK or not stored_as_is(home.slab):
+            return None
+        if not all(self.reader.reads_direct(piece.path) for piece in home.pieces):
+            return None
+        return as_in_file(home.slab)
+
     def feed(self, home: Home, target: torch.Tensor, after: Any, done: Any) -> None:
         """Bring a slab from its home to the device.
 
@@ -53,22 +83,28 @@ class Feeder:
 
         Raises:
             ReadFault: a file is gone or shorter than it was.
+            DamagedPack: a kept slab is not what was written.
         """
         if home.host is not None:
             self.device.copy(target[: home.slab.nbytes], home.host, after, done)
         elif self.device.on_host:
             self.reader.read(home.pieces, target)
+            if home.seal is not None:
+                home.seal.check(0, memoryview(target[: home.slab.nbytes].numpy()))
         else:
-            self._through_ring(home.pieces, home.slab.nbytes, target, after)
+            self._through_ring(home, target, after)
             self.device.record_copies(done)
 
-    def _through_ring(self, pieces: Sequence[Piece], nbytes: int, target: torch.Tensor, after: Any) -> None:
+    def _through_ring(self, home: Home, target: torch.Tensor, after: Any) -> None:
         with self._lock:
-            for first in range(0, nbytes, self._window_bytes):
-                last = min(first + self._window_bytes, nbytes)
+            for window in windows_of(home.pieces, self._window_bytes):
                 buffer, free = self._next_buffer()
-                self.reader.read(cut(pieces, first, last), buffer)
-                self.device.copy(target[first:last], buffer[: last - first], after, free)
+                self.reader.read(window.pieces, buffer)
+                for copy in window.copies:
+                    source = buffer[copy.ring_offset : copy.ring_offset + copy.nbytes]
+                    if home.seal is not None:
+                        home.seal.check(copy.slab_offset, memoryview(source.numpy()))
+                    self.device.copy(target[copy.slab_offset : copy.slab_offset + copy.nbytes], source, after, free)
 
     def _next_buffer(self) -> tuple[torch.Tensor, Any]:
         if not self._ring:

@@ -2,138 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
+from itertools import groupby
 
 import torch
 
-from overflowml_core.errors import PlanMismatch, ReadFault, Unsupported
+from overflowml_core.errors import PlanMismatch, Unsupported
 from overflowml_core.loading import Origin
+from overflowml_core.runtime.chunks import Piece
+from overflowml_core.runtime.encode import EncodedWeight
+from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.slab import Entry, Slab
 from overflowml_core.runtime.structure import TORCH_DTYPES
-
-_LARGEST_GATHER = 512
-"""Buffers of one vectored read; POSIX promises at least 16 (IOV_MAX), Linux takes 1024."""
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes of a file and where in a buffer they go. All in bytes."""
-
-    path: Path
-    file_offset: int
-    buffer_offset: int
-    nbytes: int
-
-
-class FileReader:
-    """Reads exact ranges of files. Descriptors stay open, so a file that is replaced meanwhile is still read as it was;
-    one that is cut is an error."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._descriptors: dict[Path, int] = {}
-        # A model may be dropped without being given back; its files must not stay open then.
-        weakref.finalize(self, _close_all, self._descriptors)
-        self.bytes_read = 0
-
-    def read(self, pieces: Sequence[Piece], buffer: torch.Tensor) -> None:
-        """Read pieces into a byte buffer in RAM; neighbours in a file are one call.
-
-        Raises:
-            ReadFault: a file is gone, unreadable or shorter than it was.
-        """
-        memory = memoryview(buffer.numpy())
-        for run in _runs(pieces):
-            views = [memory[p.buffer_offset : p.buffer_offset + p.nbytes] for p in run]
-            self._read_run(run[0].path, run[0].file_offset, views)
-
-    def _read_run(self, path: Path, offset: int, views: list[memoryview]) -> None:
-        wanted = sum(len(view) for view in views)
-        descriptor = self._descriptor(path, offset, wanted)
-        done = 0
-        while views:
-            try:
-                got = _vectored_read(descriptor, views, offset + done)
-            except OSError as error:
-                raise ReadFault(path, offset, wanted, done, str(error)) from error
-            if got <= 0:
-                raise ReadFault(path, offset, wanted, done, "the file ends there")
-            done += got
-            while views and got >= len(views[0]):
-                got -= len(views.pop(0))
-            if got:
-                views[0] = views[0][got:]
-        with self._lock:
-            self.bytes_read += wanted
-
-    def _descriptor(self, path: Path, offset: int, wanted: int) -> int:
-        with self._lock:
-            descriptor = self._descriptors.get(path)
-            if descriptor is None:
-                try:
-                    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
-                except OSError as error:
-                    raise ReadFault(path, offset, wanted, 0, str(error)) from error
-                self._descriptors[path] = descriptor
-            return descriptor
-
-    def hold(self, pieces: Sequence[Piece]) -> None:
-        """Open the files of pieces now, so that they are read as they are now, whatever takes their place before the first read.
-
-        Raises:
-            ReadFault: a file is gone or unreadable.
-        """
-        for piece in pieces:
-            self._descriptor(piece.path, piece.file_offset, piece.nbytes)
-
-    def adopt(self, path: Path, descriptor: int) -> None:
-        """Read this path through a descriptor that the caller opened; it is duplicated."""
-        with self._lock:
-            self._descriptors[path] = os.dup(descriptor)
-
-    def close(self) -> None:
-        """Close all files. A second call does nothing."""
-        with self._lock:
-            _close_all(self._descriptors)
-
-    def __enter__(self) -> FileReader:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-def _close_all(descriptors: dict[Path, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
-
-
-def _vectored_read(descriptor: int, views: list[memoryview], offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, views[:_LARGEST_GATHER], offset)
-    # Windows has no positioned read; the single reader thread makes seek and read one step.
-    os.lseek(descriptor, offset, os.SEEK_SET)
-    data = os.read(descriptor, len(views[0]))
-    views[0][: len(data)] = data
-    return len(data)
-
-
-def _runs(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Pieces in file order, those that touch each other together."""
-    runs: list[list[Piece]] = []
-    for piece in sorted((p for p in pieces if p.nbytes), key=lambda p: (str(p.path), p.file_offset)):
-        last = runs[-1][-1] if runs else None
-        if last is not None and last.path == piece.path and last.file_offset + last.nbytes == piece.file_offset:
-            runs[-1].append(piece)
-        else:
-            runs.append([piece])
-    return runs
 
 
 def is_stored_as_is(entry: Entry) -> bool:
@@ -177,18 +57,42 @@ def fill(entries: Sequence[Entry], buffer: torch.Tensor, reader: FileReader, bas
             converted.append(entry)
     reader.read(straight, buffer)
     with torch.no_grad():
-        for entry in converted:
-            _bring(entry, reader, entry.view(buffer, base_bytes))
+        # The parts of a weight stand side by side, so that one is converted once, and no two at a time.
+        for _, parts in groupby(converted, key=lambda entry: id(entry.weight)):
+            _bring(list(parts), reader, buffer, base_bytes)
 
 
-def _bring(entry: Entry, reader: FileReader, target: torch.Tensor) -> None:
-    if entry.origin is not None:
-        target.copy_(_read_other_dtype(entry.origin, reader))
+def _bring(parts: Sequence[Entry], reader: FileReader, buffer: torch.Tensor, base_bytes: int) -> None:
+    weight = parts[0].weight
+    if isinstance(weight, EncodedWeight) and weight.is_due:
+        made = weight.encode(values_of(weight.plain, reader))
+        for entry in parts:
+            entry.view(buffer, base_bytes).copy_(made[entry.path])
+        weight.put_aside()
         return
-    parameter = entry.weight.parameter
-    if parameter.is_meta:
+    for entry in parts:
+        target = entry.view(buffer, base_bytes)
+        target.copy_(_read_other_dtype(entry.origin, reader) if entry.origin is not None else _present(entry))
+
+
+def _present(entry: Entry) -> torch.Tensor:
+    if entry.weight.parameter.is_meta:
         raise PlanMismatch(f"{entry.weight.name}: the weight has no data and no file holds it; load the model from a complete checkpoint")
-    target.copy_(parameter.detach())
+    return entry.present()
+
+
+def values_of(entry: Entry, reader: FileReader) -> torch.Tensor:
+    """A weight by itself: what the model holds, or a tensor of its own with what is read, cast where the file holds another dtype.
+
+    Raises:
+        ReadFault: a file is gone or shorter than it was.
+        PlanMismatch: the weight has neither data nor an origin.
+    """
+    if entry.origin is None:
+        return _present(entry)
+    buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
+    fill([entry], buffer, reader, entry.offset_bytes)
+    return entry.view(buffer, entry.offset_bytes)
 
 
 def _read_other_dtype(origin: Origin, reader: FileReader) -> torch.Tensor:
@@ -208,19 +112,10 @@ def windows(entries: Sequence[Entry], limit_bytes: int) -> Iterator[tuple[int, i
     """
     pending: list[Entry] = []
     for entry in entries:
-        if pending and entry.offset_bytes + entry.nbytes - pending[0].offset_bytes > limit_bytes:
+        is_next_part = bool(pending) and entry.weight is pending[-1].weight
+        if pending and not is_next_part and entry.offset_bytes + entry.nbytes - pending[0].offset_bytes > limit_bytes:
             yield pending[0].offset_bytes, pending[-1].offset_bytes + pending[-1].nbytes, pending
             pending = []
         pending.append(entry)
     if pending:
         yield pending[0].offset_bytes, pending[-1].offset_bytes + pending[-1].nbytes, pending
-
-
-def cut(pieces: Sequence[Piece], first: int, last: int) -> list[Piece]:
-    """The parts of pieces whose place in the buffer lies between two bytes, moved so that ``first`` becomes byte 0."""
-    parts: list[Piece] = []
-    for piece in pieces:
-        start, end = max(piece.buffer_offset, first), min(piece.buffer_offset + piece.nbytes, last)
-        if start < end:
-            parts.append(Piece(piece.path, piece.file_offset + start - piece.buffer_offset, start - first, end - start))
-    return parts
