@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from overflowml_core.facts import Limits
+from overflowml_core.units import parse_bytes
 
 DISABLE = "OVERFLOWML_DISABLE"
 """Any value but empty and 0: hosts are left alone, and requests for overflowml are errors of the host's own."""
@@ -21,6 +22,16 @@ RESERVE = "OVERFLOWML_RESERVE"
 """Part of the budget that is kept for activations and caches, where the call gives none."""
 CACHE = "OVERFLOWML_CACHE"
 """Folder for packed weights and prepared assets; the platform's cache folder by default."""
+CACHE_SIZE = "OVERFLOWML_CACHE_SIZE"
+"""Most that packed weights kept in the cache folder may take, such as 100GB, or 0 to keep none; a quarter of the disk by default."""
+
+PROGRESS = "OVERFLOWML_PROGRESS"
+"""0: no progress bar while weights are brought in. There is none either where standard error is no terminal."""
+
+
+def shows_progress() -> bool:
+    """Whether the user wants to see how far a load is."""
+    return os.environ.get(PROGRESS, "") != "0"
 
 
 def disabled() -> bool:
@@ -45,6 +56,18 @@ def with_environment(limits: Limits) -> Limits:
         if value and getattr(limits, field) is None:
             updates[field] = value
     return replace(limits, **updates) if updates else limits  # type: ignore[arg-type]
+
+
+def cache_size_bytes() -> int | None:
+    """The most that kept packed weights may take; None where the user leaves it open.
+
+    Raises:
+        BadSize: the variable holds no size; the message names it.
+    """
+    value = os.environ.get(CACHE_SIZE, "").strip()
+    if not value:
+        return None
+    return 0 if value == "0" else parse_bytes(value, CACHE_SIZE)
 
 
 def cache_folder() -> Path:

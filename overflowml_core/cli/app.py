@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from overflowml_core.cli import activate, calibrate, can_run, demonstration, detect, doctor, ending, explain, plan
+from overflowml_core.cli import activate, cache, calibrate, can_run, demonstration, detect, doctor, ending, explain, plan
 
 
 def _markup() -> str | None:
@@ -49,6 +49,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "detect": (detect.detect, "Show this machine as plans see it."),
     "calibrate": (calibrate.calibrate, "Measure this machine's rates."),
     "doctor": (doctor.doctor, "Examine this environment."),
+    "cache": (cache.cache, "List packed weights that are kept, or remove them."),
     "activate": (activate.activate, "Install the hosts in every interpreter here."),
     "deactivate": (activate.deactivate, "Take back what activate did."),
     "demo": (demonstration.demo, "Run two real models under a budget."),

@@ -13,8 +13,8 @@ from overflowml_core.traps import findings
 from overflowml_core.units import parse_bytes
 
 _PREFIX = "OVERFLOWML_"
-_SIZES = (environment.DEVICE_MEMORY, environment.HOST_MEMORY, environment.RESERVE)
-_VARIABLES = (*_SIZES, environment.DISABLE, environment.DISABLE_PLUGINS, environment.CACHE)
+_SIZES = (environment.DEVICE_MEMORY, environment.HOST_MEMORY, environment.RESERVE, environment.CACHE_SIZE)
+_VARIABLES = (*_SIZES, environment.DISABLE, environment.DISABLE_PLUGINS, environment.CACHE, environment.PROGRESS)
 
 
 def check_variables(facts: Facts) -> Iterator[Check]:
@@ -30,7 +30,7 @@ def check_variables(facts: Facts) -> Iterator[Check]:
             meant = f"; {close[0]} is meant" if close else ""
             yield Check("variable", "WARN", f"{name} is read by nobody", f"{unset.format(name)}{meant}")
             wrong = True
-        elif name in _SIZES and value:
+        elif name in _SIZES and value and (name, value.strip()) != (environment.CACHE_SIZE, "0"):
             try:
                 parse_bytes(value, name)
             except BadSize as error:

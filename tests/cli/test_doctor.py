@@ -178,7 +178,9 @@ GOOD = {
     "a build that nobody knows": _facts(torch=TorchBuild()),
     "a driver that tells no version": _card(driver="", capability=""),
     "activated": _facts(activation="active"),
-    "sizes that can be read": _facts(variables={"OVERFLOWML_DEVICE_MEMORY": "8GB", "OVERFLOWML_RESERVE": "", "OVERFLOWML_DISABLE": "0"}),
+    "sizes that can be read": _facts(
+        variables={"OVERFLOWML_DEVICE_MEMORY": "8GB", "OVERFLOWML_RESERVE": "", "OVERFLOWML_CACHE_SIZE": "0", "OVERFLOWML_DISABLE": "0"}
+    ),
 }
 
 
