@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,10 +12,12 @@ from overflowml_core.facts import Network
 from overflowml_core.loading import Loading
 from overflowml_core.plan import Estimate, Plan
 from overflowml_core.runtime.device import Device
-from overflowml_core.runtime.homes import FileMaps, rehome
+from overflowml_core.runtime.homes import FileMaps
+from overflowml_core.runtime.parts import is_plain, parameter_over
+from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.slab import Entry, lay_out
-from overflowml_core.runtime.source import FileReader, fill, is_stored_as_is
-from overflowml_core.runtime.structure import dissect
+from overflowml_core.runtime.source import fill, is_stored_as_is
+from overflowml_core.runtime.structure import Weight, dissect
 
 
 class Direct:
@@ -77,7 +79,11 @@ def _places(module: nn.Module) -> tuple[_Parameters, _Buffers]:
 def _return(parameters: _Parameters, buffers: _Buffers) -> None:
     """Take a module back from a device that has too little room."""
     for parameter, device in parameters:
-        parameter.data = parameter.data.to(device)
+        if is_plain(parameter):
+            parameter.data = parameter.data.to(device)
+        elif parameter.device != device:
+            # What is made of other tensors says itself where it is, so that its data alone cannot go back.
+            torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad))
     for inner, originals in buffers:
         inner._buffers.update(originals)
 
@@ -85,15 +91,18 @@ def _return(parameters: _Parameters, buffers: _Buffers) -> None:
 def _bring_in(module: nn.Module, loading: Loading | None, reader: FileReader, maps: FileMaps) -> None:
     for unit in dissect(module).units:
         slab = lay_out(unit, loading)
-        slab.install(tuple(_whole(entry, reader, maps) for entry in slab.entries))
+        slab.install(tuple(_whole(weight, entries, reader, maps) for weight, entries in slab.by_weight()))
 
 
-def _whole(entry: Entry, reader: FileReader, maps: FileMaps) -> nn.Parameter:
-    parameter = entry.weight.parameter
-    if not parameter.is_meta:
-        return parameter
+def _whole(weight: Weight, entries: Sequence[Entry], reader: FileReader, maps: FileMaps) -> nn.Parameter:
+    if not weight.parameter.is_meta:
+        return weight.parameter
+    return parameter_over(weight.parameter, {entry.path: _brought(entry, reader, maps) for entry in entries})
+
+
+def _brought(entry: Entry, reader: FileReader, maps: FileMaps) -> torch.Tensor:
     if is_stored_as_is(entry):
-        return rehome(entry, maps.view(entry))
+        return maps.view(entry)
     data = torch.empty(entry.nbytes, dtype=torch.uint8)
     fill([entry], data, reader, entry.offset_bytes)
-    return rehome(entry, entry.view(data, entry.offset_bytes))
+    return entry.view(data, entry.offset_bytes)

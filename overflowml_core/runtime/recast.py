@@ -14,6 +14,7 @@ from overflowml_core.layout import slab_offsets
 from overflowml_core.plan import PhasePlan
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.homes import Home
+from overflowml_core.runtime.parts import is_plain, label
 from overflowml_core.runtime.slab import Entry, Slab
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.units import ceil_size
@@ -36,11 +37,15 @@ def cast_phase(present: Cast, dtype: torch.dtype, device: Device, open_store: Ca
     """The same weights in another dtype, where they float; what has it already stays as it is.
 
     Raises:
-        Unsupported: weights live on the device alone.
+        Unsupported: weights live on the device alone, or are quantized.
         OverflowmlError: the packed store cannot be written.
     """
     if any(home.tier is Tier.DEVICE for home in (*present.residents, *present.streamed)):
         raise Unsupported(f"a cast to {dtype}: the weights have no home outside the device; load the model in {dtype}")
+    for weight in (weight for home in (*present.residents, *present.streamed) for weight in home.slab.unit.weights):
+        if not is_plain(weight.parameter):
+            kind = label(weight.parameter)
+            raise Unsupported(f"{weight.name}: a cast of a {kind} to {dtype}; leave the cast out, or quantize the model for {dtype}")
 
     def every(homes: Sequence[Home]) -> tuple[Home, ...]:
         return tuple(_cast_home(home, dtype, device, open_store) for home in homes)
@@ -52,16 +57,18 @@ def _cast_home(home: Home, dtype: torch.dtype, device: Device, open_store: Calla
     if all(entry.dtype is dtype or not entry.dtype.is_floating_point for entry in home.slab.entries):
         return home
     slab = _cast_slab(home.slab, dtype)
-    in_ram = home.host is not None
-    buffer = device.host_buffer(slab.nbytes, home.tier is Tier.PINNED) if in_ram else torch.empty(slab.nbytes, dtype=torch.uint8)
-    for entry, parameter in zip(slab.entries, home.parameters, strict=True):
-        entry.view(buffer).copy_(parameter.detach())
-    if in_ram:
-        return Home(slab, home.tier, _stand_ins(slab.entries, buffer, home), host=buffer)
-    store = open_store()
-    piece = store.append(buffer)
-    mapped = store.mapped(piece)
-    return Home(slab, home.tier, _stand_ins(slab.entries, mapped, home), pieces=(piece,))
+
+    def cast(buffer: torch.Tensor) -> None:
+        for entry, parameter in zip(slab.entries, home.parameters, strict=True):
+            entry.view(buffer).copy_(parameter.detach())
+
+    if home.host is not None:
+        host = device.host_buffer(slab.nbytes, home.tier is Tier.PINNED)
+        cast(host)
+        return Home(slab, home.tier, _stand_ins(slab.entries, host, home), host=host)
+    # Not kept: the homes are what the user sees of the weights, and may have been written to.
+    packed = open_store().slab(slab.nbytes, cast)
+    return Home(slab, home.tier, _stand_ins(slab.entries, packed.view, home), pieces=(packed.piece,))
 
 
 def _stand_ins(entries: Iterable[Entry], data: torch.Tensor, home: Home) -> tuple[nn.Parameter, ...]:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
 
 from overflowml_core.layout import slab_offsets
 from overflowml_core.loading import Loading, Origin
+from overflowml_core.runtime.parts import Part, Path, parameter_over
 from overflowml_core.runtime.structure import Unit, Weight
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One weight in a slab: where it lies, how to see it, and where its bytes come from.
+    """One weight in a slab, or one part of a quantized one: where it lies, how to see it, and where its bytes come from.
 
-    ``origin`` is None for a weight whose data is the parameter itself.
+    ``origin`` is None where the data is the parameter itself; ``path`` leads to the part in it, and is empty for a plain weight.
     """
 
     weight: Weight
@@ -26,37 +29,52 @@ class Entry:
     stride: tuple[int, ...]
     dtype: torch.dtype
     origin: Origin | None
+    path: Path = ()
 
     def view(self, buffer: torch.Tensor, base_bytes: int = 0) -> torch.Tensor:
-        """The weight as a tensor over a byte buffer that holds the slab, or the part of it from ``base_bytes`` on."""
+        """The weight, or the part of it, as a plain tensor over a byte buffer that holds the slab from its byte ``base_bytes`` on."""
         start = self.offset_bytes - base_bytes
         flat = buffer[start : start + self.nbytes].view(self.dtype)
         return torch.as_strided(flat, self.shape, self.stride, flat.storage_offset())
 
+    def present(self) -> torch.Tensor:
+        """The weight, or the part of it, as the parameter holds it now."""
+        return next(part.tensor.detach() for part in self.weight.parts if part.path == self.path)
+
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """The layout of a unit's weights in one buffer. ``nbytes`` is the size of the buffer."""
+    """The layout of a unit's weights in one buffer: ``entries`` in the unit's order, the parts of a weight side by side; ``nbytes`` is the
+    size of the buffer."""
 
     unit: Unit
     entries: tuple[Entry, ...]
     nbytes: int
 
+    def by_weight(self) -> list[tuple[Weight, list[Entry]]]:
+        """Each weight with its entries, in the unit's order."""
+        groups = [list(entries) for _, entries in groupby(self.entries, key=lambda entry: id(entry.weight))]
+        return [(entries[0].weight, entries) for entries in groups]
+
+    def tensors(self, view: Callable[[Entry], torch.Tensor]) -> list[tuple[Weight, dict[Path, torch.Tensor]]]:
+        """Each weight with the plain tensors of its parts by path, as ``view`` gives them."""
+        return [(weight, {entry.path: view(entry) for entry in entries}) for weight, entries in self.by_weight()]
+
     def parameters(self, buffer: torch.Tensor) -> tuple[nn.Parameter, ...]:
-        """A parameter over the buffer for each entry.
+        """A parameter over the buffer for each weight, of the weight's own class.
 
         ``requires_grad`` is the original's, although no gradient is ever taken: torch chooses between kernels by it (a batched product
         is folded into a plain one only where the weight requires a gradient), and outputs shall be identical to the unmanaged model's.
         """
         # Outside inference mode, whatever the caller is in: inference tensors could not be used under autograd later.
         with torch.inference_mode(False), torch.no_grad():
-            return tuple(nn.Parameter(entry.view(buffer), requires_grad=entry.weight.parameter.requires_grad) for entry in self.entries)
+            return tuple(parameter_over(weight.parameter, tensors) for weight, tensors in self.tensors(lambda entry: entry.view(buffer)))
 
     def install(self, parameters: tuple[nn.Parameter, ...]) -> None:
-        """Put these parameters where the unit's weights are held."""
+        """Put these parameters, one for each weight, where the unit's weights are held."""
         # Assigned in the dictionary: __setattr__ would check and register, twenty times slower, on every pass.
-        for entry, parameter in zip(self.entries, parameters, strict=True):
-            for owner in entry.weight.owners:
+        for weight, parameter in zip(self.unit.weights, parameters, strict=True):
+            for owner in weight.owners:
                 owner.module._parameters[owner.attribute] = parameter
 
 
@@ -67,16 +85,18 @@ def lay_out(unit: Unit, loading: Loading | None) -> Slab:
         unit: the weights.
         loading: knows where weights without data are to be read; None where all have data.
     """
-    offsets, nbytes = slab_offsets(weight.nbytes for weight in unit.weights)
-    entries = tuple(_entry(weight, offset, loading) for weight, offset in zip(unit.weights, offsets, strict=True))
+    parts = [(weight, part) for weight in unit.weights for part in weight.parts]
+    offsets, nbytes = slab_offsets(part.nbytes for _, part in parts)
+    entries = tuple(_entry(weight, part, offset, loading) for (weight, part), offset in zip(parts, offsets, strict=True))
     return Slab(unit, entries, nbytes)
 
 
-def _entry(weight: Weight, offset: int, loading: Loading | None) -> Entry:
-    parameter = weight.parameter
-    origin = loading.origin_of(parameter) if loading is not None else None
-    stride = parameter.stride() if origin is None and _is_dense(parameter) else _contiguous_stride(tuple(parameter.shape))
-    return Entry(weight, offset, weight.nbytes, tuple(parameter.shape), tuple(stride), parameter.dtype, origin)
+def _entry(weight: Weight, part: Part, offset: int, loading: Loading | None) -> Entry:
+    # A file holds a weight whole; one of several parts is never deferred.
+    origin = loading.origin_of(weight.parameter) if loading is not None and not part.path else None
+    tensor = part.tensor
+    stride = tensor.stride() if origin is None and _is_dense(tensor) else _contiguous_stride(tuple(tensor.shape))
+    return Entry(weight, offset, part.nbytes, tuple(tensor.shape), tuple(stride), tensor.dtype, origin, part.path)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

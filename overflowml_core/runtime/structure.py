@@ -1,4 +1,4 @@
-"""What a module consists of: its blocks in order of execution, the weights outside them, and both as facts for the planner.
+"""What a module consists of: its blocks in order of execution, and the weights outside them. The planner's facts are made of it elsewhere.
 
 Reads shapes and dtypes only, so that modules on the meta device serve as well as loaded ones.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import nn
 
 from overflowml_core.errors import Unsupported
-from overflowml_core.facts import Block, Component, Experts, TensorFact, tensors_fingerprint
-from overflowml_core.layout import align, slab_bytes
+from overflowml_core.layout import slab_bytes
+from overflowml_core.runtime.linears import is_convertible, kept_names
+from overflowml_core.runtime.parts import Part, decoded_shape, is_known, parts_of
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.bool: "BOOL",
@@ -45,16 +47,28 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One parameter, with every place that holds it. ``name`` is the first one's dotted path in the component."""
+    """One parameter, with every place that holds it. ``name`` is the first one's dotted path in the component; ``convertible`` says whether
+    formats may convert it."""
 
     name: str
     parameter: nn.Parameter
     owners: tuple[Owner, ...]
+    convertible: bool = False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The plain tensors that it is made of: itself, or more where it is quantized."""
+        return parts_of(self.parameter)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return int(self.parameter.numel() * self.parameter.element_size())
+        """Bytes of the elements of all its parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def weight_count(self) -> int:
+        """How many weights it stands for, packed or not."""
+        return prod(decoded_shape(self.parameter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +82,7 @@ class Unit:
     @property
     def slab_bytes(self) -> int:
         """Bytes of the flat buffer that holds the weights."""
-        return slab_bytes(w.nbytes for w in self.weights)
+        return slab_bytes(part.nbytes for w in self.weights for part in w.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +156,24 @@ def dissect(module: nn.Module) -> Structure:
     so do the parameters of a module that lies in several of these places.
 
     Raises:
-        Unsupported: a parameter is a tensor subclass, as quantizers make them.
+        Unsupported: a parameter is of a class that cannot be taken apart, as some quantizers make them.
     """
     blocks = find_blocks(module)
     block_of = _whereabouts(module, blocks)
     owners: dict[int, list[tuple[str, Owner, str | None]]] = {}
     parameters: dict[int, nn.Parameter] = {}
-    for path, inner, attribute, parameter in _walk(module):
-        _refuse_subclass(path, parameter)
+    for path, inner, attribute, parameter in walk_parameters(module):
+        if not is_known(parameter):
+            raise _cannot_take_apart(path, inner, parameter)
         parameters[id(parameter)] = parameter
         owners.setdefault(id(parameter), []).append((path, Owner(inner, attribute), block_of.get(id(inner))))
     per_block: dict[str, list[Weight]] = {name: [] for name, _ in blocks}
     fixed: list[Weight] = []
+    kept = kept_names(module)
     for key, places in owners.items():
-        weight = Weight(places[0][0], parameters[key], tuple(owner for _, owner, _ in places))
+        held_by = tuple(owner for _, owner, _ in places)
+        convertible = is_convertible([name for name, _, _ in places], held_by, parameters[key], kept)
+        weight = Weight(places[0][0], parameters[key], held_by, convertible)
         homes = {home for _, _, home in places}
         home = homes.pop()
         if homes or home is None:
@@ -180,7 +198,7 @@ def own_blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
     blocks = find_blocks(module)
     block_of = _whereabouts(module, blocks)
     homes: dict[int, set[str | None]] = {}
-    for _, inner, _, parameter in _walk(module):
+    for _, inner, _, parameter in walk_parameters(module):
         homes.setdefault(id(parameter), set()).add(block_of.get(id(inner)))
     owners = {next(iter(places)) for places in homes.values() if len(places) == 1}
     return [(name, block) for name, block in blocks if name in owners]
@@ -207,136 +225,17 @@ def _whereabouts(module: nn.Module, blocks: list[tuple[str, nn.Module]]) -> dict
     return found
 
 
-def _walk(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+def walk_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """Every place that holds a parameter, as (dotted path, module, attribute, parameter), in the order in which they are registered."""
     for path, inner in module.named_modules():
         for attribute, parameter in inner._parameters.items():
             if parameter is not None:
                 yield (f"{path}.{attribute}" if path else attribute), inner, attribute, parameter
 
 
-def _refuse_subclass(path: str, parameter: nn.Parameter) -> None:
-    # A Parameter is itself a subclass; quantizers' tensors are recognized by their own class or their data's.
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
-        kind = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.data)
-        raise Unsupported(
-            f"{path}: a {kind.__name__}, which this version cannot move; load the model without quantization, or without overflowml"
-        )
-
-
-def weight_facts(module: nn.Module) -> tuple[TensorFact, ...]:
-    """Every parameter once, by the first name that holds it."""
-    seen: set[int] = set()
-    facts: list[TensorFact] = []
-    for path, _, _, parameter in _walk(module):
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            dtype = DTYPE_NAMES.get(parameter.dtype, str(parameter.dtype))
-            facts.append(TensorFact(path, tuple(parameter.shape), dtype, parameter.numel() * parameter.element_size()))
-    return tuple(facts)
-
-
-def describe_module(
-    module: nn.Module,
-    name: str,
-    phase: str | None = None,
-    activation_bytes: int = 0,
-    activation_source: str = "none",
-) -> Component:
-    """A module as the planner sees it.
-
-    Args:
-        module: loaded or on the meta device.
-        name: what the component is called.
-        phase: which components it shares the budget with at the same time; its own name by default.
-        activation_bytes: peak of activations and caches while it runs.
-        activation_source: where that number comes from.
-
-    Raises:
-        Unsupported: a parameter is a tensor subclass.
-    """
-    structure = dissect(module)
-    routing = _routing(module)
-    blocks = tuple(
-        Block(
-            name=unit.name,
-            weight_count=sum(w.parameter.numel() for w in unit.weights),
-            stored_bytes=sum(w.nbytes for w in unit.weights),
-            slab_bytes=unit.slab_bytes,
-            bytes_by_dtype=_by_dtype(unit.weights),
-            linear_count=sum(w.parameter.numel() for w in unit.weights if _is_linear(w)),
-            experts=_experts(unit, routing),
-        )
-        for unit in structure.blocks
+def _cannot_take_apart(path: str, owner: nn.Module, parameter: nn.Parameter) -> Unsupported:
+    kind = type(parameter) if type(parameter) is not nn.Parameter else type(parameter.data)
+    return Unsupported(
+        f"{path}: a {kind.__name__} in a {type(owner).__name__}, which overflowml cannot take apart and stream; "
+        "load the model without quantization, quantize it with torchao (TorchAoConfig), or load it without overflowml"
     )
-    everything = [weight for unit in structure.units for weight in unit.weights]
-    return Component(
-        name=name,
-        class_name=type(module).__name__,
-        blocks=blocks,
-        resident_bytes=structure.fixed.slab_bytes + buffer_bytes(structure),
-        resident_weight_count=sum(w.parameter.numel() for w in structure.fixed.weights),
-        bytes_by_dtype=_by_dtype(everything),
-        phase=phase or name,
-        activation_bytes=activation_bytes,
-        activation_source=activation_source,
-        fingerprint=tensors_fingerprint(type(module).__name__, weight_facts(module)),
-    )
-
-
-def _is_linear(weight: Weight) -> bool:
-    return all(isinstance(owner.module, nn.Linear) and owner.attribute == "weight" for owner in weight.owners)
-
-
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
-"""What configs call the size of a bank and how many of it a token uses (transformers 5.23, models/*/configuration_*.py)."""
-
-
-def _routing(module: nn.Module) -> tuple[int, int] | None:
-    """Experts in a bank and experts for a token, by the module's configuration; None where it names none."""
-    config = getattr(module, "config", None)
-    inner = getattr(config, "get_text_config", None)
-    config = inner() if callable(inner) else config
-    count, per_token = _first_count(config, _EXPERT_COUNTS), _first_count(config, _EXPERTS_PER_TOKEN)
-    return (count, per_token) if count > 1 and 0 < per_token <= count else None
-
-
-def _first_count(config: object, names: tuple[str, ...]) -> int:
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), 0)
-
-
-def _experts(unit: Unit, routing: tuple[int, int] | None) -> Experts | None:
-    """The routed experts of a block: stacked along the first dimension of 3-D weights, or modules in a list of their number."""
-    if routing is None or unit.module is None:
-        return None
-    count, per_token = routing
-    stacked = {id(w.owners[0].module) for w in unit.weights if w.parameter.dim() == 3 and w.parameter.shape[0] == count}
-    # Biases of stacked experts lie beside them, and have the same first dimension.
-    nbytes = sum(w.nbytes for w in unit.weights if id(w.owners[0].module) in stacked and w.parameter.shape[:1] == (count,))
-    listed = {
-        id(parameter)
-        for inner in unit.module.modules()
-        if isinstance(inner, (nn.ModuleList, nn.ModuleDict)) and len(inner) == count and not stacked
-        for parameter in inner.parameters()
-    }
-    nbytes += sum(w.nbytes for w in unit.weights if id(w.parameter) in listed)
-    return Experts(count, nbytes // count, per_token) if nbytes else None
-
-
-def buffer_bytes(structure: Structure) -> int:
-    """Device bytes of the buffers, each one aligned as an allocation of its own."""
-    total = 0
-    for _, module, attribute in structure.buffers:
-        buffer = module._buffers[attribute]
-        if buffer is not None:
-            total += align(buffer.numel() * buffer.element_size())
-    return total
-
-
-def _by_dtype(weights: list[Weight] | tuple[Weight, ...]) -> tuple[tuple[str, int], ...]:
-    totals: dict[str, int] = {}
-    for weight in weights:
-        name = DTYPE_NAMES.get(weight.parameter.dtype, str(weight.parameter.dtype))
-        totals[name] = totals.get(name, 0) + weight.nbytes
-    return tuple(sorted(totals.items()))

@@ -49,7 +49,8 @@ def defer_weights(
         if tuple(parameter.shape) != located.entry.shape or (state_dict is not None and name not in state_dict):
             continue
         stored = TORCH_DTYPES[located.entry.dtype]
-        placed = _replace(model, name, _final_dtype(name, stored, parameter.dtype, dtype, keep_in_fp32))
+        data = torch.empty(parameter.shape, dtype=final_dtype(name, stored, parameter.dtype, dtype, keep_in_fp32), device="meta")
+        placed = replace_parameter(model, name, data)
         request.defer(
             placed, Origin(located.path, located.entry.offset_bytes, located.entry.nbytes, located.entry.dtype, located.entry.shape)
         )
@@ -66,8 +67,8 @@ def defer_weights(
     return left
 
 
-def _final_dtype(name: str, stored: torch.dtype, built: torch.dtype, asked: torch.dtype | None, keep_in_fp32: list[str]) -> torch.dtype:
-    """As the host's load_model_dict_into_meta casts."""
+def final_dtype(name: str, stored: torch.dtype, built: torch.dtype, asked: torch.dtype | None, keep_in_fp32: list[str]) -> torch.dtype:
+    """The dtype of a weight after the host's load_model_dict_into_meta: ``stored`` in the file, ``built`` by the model, ``asked`` for."""
     if asked is None:
         return built
     if not stored.is_floating_point:
@@ -82,14 +83,14 @@ def _cast_buffers(model: Any, checkpoint: Checkpoint, dtype: torch.dtype | None,
         buffer, stored = buffers.get(name), TORCH_DTYPES.get(located.entry.dtype)
         if buffer is not None and stored is not None:
             path, _, attribute = name.rpartition(".")
-            final = _final_dtype(name, stored, buffer.dtype, dtype, keep_in_fp32)
+            final = final_dtype(name, stored, buffer.dtype, dtype, keep_in_fp32)
             model.get_submodule(path)._buffers[attribute] = torch.empty(buffer.shape, dtype=final, device="meta")
 
 
-def _replace(model: Any, name: str, dtype: torch.dtype) -> nn.Parameter:
+def replace_parameter(model: Any, name: str, data: torch.Tensor) -> nn.Parameter:
+    """Put a parameter over this tensor in the place of another one, and return it."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path) if path else model
-    old = module._parameters[attribute]
-    parameter = nn.Parameter(torch.empty(old.shape, dtype=dtype, device="meta"), requires_grad=old.requires_grad)
+    parameter = nn.Parameter(data, requires_grad=module._parameters[attribute].requires_grad and data.is_floating_point())
     module._parameters[attribute] = parameter
     return parameter

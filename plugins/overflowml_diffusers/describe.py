@@ -11,7 +11,9 @@ from overflowml_core.activations import decoder_bytes, diffusion_transformer_byt
 from overflowml_core.errors import NotAModel, OverflowmlError
 from overflowml_core.facts import Component, Limits, Network, Workload, network_fingerprint
 from overflowml_core.loading import Loading, loading
-from overflowml_core.runtime.structure import describe_module
+from overflowml_core.quantizers import refuse_quantizer
+from overflowml_core.runtime.component import describe_module
+from overflowml_diffusers.packed import know_packed_weights
 
 _DENOISERS = ("transformer", "unet", "prior")
 """Components that companions (ControlNets, adapters) run together with, in the order of preference."""
@@ -89,6 +91,8 @@ def describe_model(model: Any, workload: Workload) -> Network:
 
 
 def _component(name: str, module: Any, workload: Workload, phase: str) -> Component:
+    refuse_quantizer(getattr(module, "hf_quantizer", None), type(module).__name__)
+    know_packed_weights()
     estimate = estimate_activation_bytes(module, workload)
     return describe_module(module, name, phase, estimate, "analytic" if estimate else "none")
 

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from overflowml_core.facts import BlockWork, Component, Network, PassProfile, Workload
+from overflowml_core.runtime.component import weight_facts
 from overflowml_core.runtime.fake import Tracer, tracing
 from overflowml_core.runtime.probe import pass_profile, peak_of
-from overflowml_core.runtime.structure import weight_facts
 from overflowml_diffusers import inputs
 from overflowml_diffusers.alone import arguments_of
 from overflowml_diffusers.describe import ordered_modules

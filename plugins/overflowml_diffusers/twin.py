@@ -14,6 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from overflowml_core.runtime.fake import REAL_ELEMENTS, is_fake
+from overflowml_core.runtime.parts import decoded_shape
 from overflowml_diffusers.tokenizers import stub_for
 
 
@@ -34,7 +35,7 @@ def twin_module(module: nn.Module) -> Any:
     for inner in module.modules():
         for parameter in inner._parameters.values():
             if parameter is not None and id(parameter) not in memo:
-                memo[id(parameter)] = nn.Parameter(_without_data(parameter, "meta"), requires_grad=False)
+                memo[id(parameter)] = nn.Parameter(_decoded(parameter), requires_grad=False)
         for buffer in inner._buffers.values():
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = _small_or_empty(buffer, "meta")
@@ -56,6 +57,13 @@ def _small_or_empty(tensor: torch.Tensor, device: str) -> torch.Tensor:
 
 def _without_data(tensor: torch.Tensor, device: str) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+
+
+def _decoded(parameter: nn.Parameter) -> torch.Tensor:
+    """A weight without data; one that is packed as its layer computes with it, for what decodes it reads its bytes."""
+    if decoded_shape(parameter) == tuple(parameter.shape):
+        return _without_data(parameter, "meta")
+    return torch.empty(decoded_shape(parameter), dtype=torch.float16, device="meta")
 
 
 def _loose_tensors(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -12,8 +12,9 @@ from overflowml_core.errors import PlanMismatch, Unsupported
 from overflowml_core.facts import Limits
 from overflowml_core.layout import SLAB_ALIGNMENT_BYTES
 from overflowml_core.loading import Loading, Origin
+from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.slab import lay_out
-from overflowml_core.runtime.source import FileReader, fill
+from overflowml_core.runtime.source import fill
 from overflowml_core.runtime.structure import TORCH_DTYPES, dissect
 from tests.runtime.build import on_meta, origins, raw, save
 

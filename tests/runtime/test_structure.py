@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from overflowml_core.errors import Unsupported
+from overflowml_core.runtime.component import describe_module, weight_facts
 from overflowml_core.runtime.device import HostDevice
 from overflowml_core.runtime.slab import lay_out
-from overflowml_core.runtime.structure import describe_module, dissect, find_blocks, weight_facts
+from overflowml_core.runtime.structure import dissect, find_blocks
 from tests.runtime import models
 from tests.runtime.build import Block, Stack, job, network, rows, slots_budget, stack
 
