@@ -4,8 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from overflowml_core.layout import align
+
 AS_STORED = ""
 """Name of no format: weights stay as they are stored."""
+
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+"""Of the dtypes that weights are converted from, as safetensors spells them. Weights in any other are packed by a format of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartSize:
+    """One of the tensors that a converted weight consists of.
+
+    Attributes:
+        bits: of an element.
+        columns: columns of the weight that share an element; 0 where a whole row shares one.
+    """
+
+    bits: int
+    columns: int = 1
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        """Bytes of the part of a weight with so many rows and columns."""
+        in_a_row = -(-columns // self.columns) if self.columns else 1
+        return -(-rows * in_a_row * self.bits // 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +43,13 @@ class Format:
         decode_bytes_per_s: bytes of decoded weights that the compute tier makes a second where the weight is decoded before the product; 0
             where the kernel decodes on the way and memory bandwidth is all it costs.
         note: where the numbers come from.
+        parts: the tensors that a converted weight consists of, in the order in which a slab holds them; empty where only
+            ``bits_per_weight`` is known.
+        dtypes: from which it converts.
+        decoding_bytes: of memory for each element of a weight while it is decoded for a product; 0 where the kernel decodes on the way.
+        row_multiple, column_multiple: what its kernel takes: rows and columns are multiples of these.
+        missing: what keeps this machine from converting weights into it, and what would help; empty where nothing does. It is planned with
+            in forecasts only then.
     """
 
     name: str
@@ -28,3 +58,26 @@ class Format:
     relative_error: float
     decode_bytes_per_s: float = 0.0
     note: str = ""
+    parts: tuple[PartSize, ...] = ()
+    dtypes: tuple[str, ...] = ("BF16", "F16", "F32")
+    decoding_bytes: int = 0
+    row_multiple: int = 1
+    column_multiple: int = 1
+    missing: str = ""
+
+    def slab_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of a slab that the parts of a converted weight take, each one aligned."""
+        return sum(align(part.nbytes(rows, columns)) for part in self.parts)
+
+    def converts(self, rows: int, columns: int, dtype: str) -> bool:
+        """Whether a weight of this shape is converted: its kernel takes it, and it takes fewer bytes of a slab afterwards.
+
+        Args:
+            rows, columns: of the weight, in elements.
+            dtype: as safetensors spells it.
+        """
+        if not self.parts or dtype not in self.dtypes or dtype not in ELEMENT_BYTES or not rows or not columns:
+            return False
+        if rows % self.row_multiple or columns % self.column_multiple:
+            return False
+        return self.slab_bytes(rows, columns) < align(rows * columns * ELEMENT_BYTES[dtype])

@@ -9,6 +9,7 @@ import pluggy
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from overflowml_core.codec import Codec
     from overflowml_core.facts import Accelerator, Limits, Machine, Network, Workload
     from overflowml_core.formats import Format
     from overflowml_core.loading import Loading
@@ -128,6 +129,22 @@ def overflowml_objections(plan: Plan, network: Network, machine: Machine) -> Ite
 
 
 # ---- mechanism
+
+
+@hookspec(firstresult=True)
+def overflowml_codec(format: Format, machine: Machine) -> Codec | None:
+    """Convert weights into a format that :func:`overflowml_formats` named.
+
+    Called by the session once for every format of a plan that is to be carried out, and of a plan for a model that can be loaded, right
+    after it was made. Stops at the first answer that is not None; None means: not my format, or it does not work here. A format for which
+    nobody answers is left out, and planning runs again.
+
+    Args:
+        format: as it was named; only one whose ``parts`` are known can be carried out.
+        machine: which devices there are.
+
+    Default: none; implemented for real in ``overflowml_torchao``.
+    """
 
 
 @hookspec(firstresult=True)

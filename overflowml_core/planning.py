@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 from overflowml_core import environment, sources
 from overflowml_core.description import describe
-from overflowml_core.errors import OverflowmlError
+from overflowml_core.errors import OverflowmlError, Unsupported
 from overflowml_core.facts import Limits, Machine, Network, Workload
+from overflowml_core.formats import Format
 from overflowml_core.plan import Plan
 from overflowml_core.registry import plugins
 from overflowml_core.traps import Objection, avoided
+from overflowml_core.traps.objection import ANYWHERE
 
 if TYPE_CHECKING:
+    from overflowml_core.codec import Codec
     from overflowml_core.planner.timeline import Timeline
 
 
@@ -26,12 +29,15 @@ def detect() -> Machine:
     return detect_machine(plugins().accelerators(), environment.cache_folder())
 
 
-CARRIED_OUT = frozenset({"variants"})
+CARRIED_OUT = frozenset({"variants", "formats"})
 """What this version carries out beyond residency and streaming. A plan for a model that can be loaded keeps to it, so that what is read
 before is what happens afterwards."""
 
-FORECAST = CARRIED_OUT | {"formats", "experts", "devices"}
+FORECAST = CARRIED_OUT | {"experts", "devices", "missing formats"}
 """What the planner knows. A size without a model behind it is planned with all of it."""
+
+_QUALITY_LOADED, _QUALITY_FORECAST = "lossless", "minimal"
+"""Where nobody said: the result of a model that is loaded is not changed unasked; a forecast changes nothing, and says what there is."""
 
 _MOST_ROUNDS = 16
 """Each round excludes at least one more pair of format and tier; there are fewer kinds of them than this."""
@@ -54,7 +60,7 @@ def make_plan(
         OverflowmlError: a plugin goes on objecting to every plan.
     """
     machine = machine or detect()
-    asked = environment.with_environment(limits)
+    asked = _settled(limits, forecast)
     formats, abilities = plugins().formats(machine), abilities_of(forecast)
     steered: list[Objection] = []
     excluded = asked.excluded
@@ -63,10 +69,11 @@ def make_plan(
         if plan is None:  # the built-in plugin always answers, unless somebody took it out
             raise OverflowmlError("no plugin made a plan; restore the built-in one")
         raised = plugins().objections(plan, network, machine)
-        if not raised:
+        unmade = frozenset() if forecast else _without_codec(plan, formats, machine)
+        if not raised and not unmade:
             break
         steered += raised
-        more = excluded.union(*(objection.exclude for objection in raised))
+        more = excluded.union(unmade, *(objection.exclude for objection in raised))
         if more == excluded:
             raise _persistent(raised, "the plan uses what was excluded")
         excluded = more
@@ -75,6 +82,35 @@ def make_plan(
     plan = replace(plan, traps=avoided(plan, network, machine, steered))
     plugins().planned(plan)
     return plan
+
+
+def _without_codec(plan: Plan, formats: tuple[Format, ...], machine: Machine) -> frozenset[tuple[str, str]]:
+    """Formats of a plan into which no plugin converts weights after all, as pairs to exclude."""
+    named = {form.name: form for form in formats}
+    return frozenset((name, ANYWHERE) for name in plan.formats if not named[name].parts or plugins().codec(named[name], machine) is None)
+
+
+def codecs_of(plan: Plan, machine: Machine) -> dict[str, Codec]:
+    """What converts weights into the formats of a plan, by their names.
+
+    Raises:
+        Unsupported: nobody converts weights into one of them on this machine.
+    """
+    named = {form.name: form for form in plugins().formats(machine)} if plan.formats else {}
+    found = {name: plugins().codec(named[name], machine) if name in named else None for name in plan.formats}
+    for name, codec in found.items():
+        if codec is None:
+            raise Unsupported(
+                f"{name}: the plan converts weights into it, and no plugin does so on this machine; install torchao "
+                f"(pip install 'overflowml[quantize]'), or exclude it with Limits(excluded={{('{name}', '*')}})"
+            )
+    return {name: codec for name, codec in found.items() if codec is not None}
+
+
+def _settled(limits: Limits, forecast: bool) -> Limits:
+    """The limits with what is open filled in: from the environment, and the quality by what they are for."""
+    asked = environment.with_environment(limits)
+    return replace(asked, quality=asked.quality or (_QUALITY_FORECAST if forecast else _QUALITY_LOADED))
 
 
 def _persistent(objections: list[Objection], when: str) -> OverflowmlError:
@@ -101,7 +137,7 @@ def with_outlook(
 
     machine = machine or detect()
     # What was objected to stays left out on a larger machine, too.
-    asked = replace(environment.with_environment(limits), excluded=plan.limits.excluded)
+    asked = replace(_settled(limits, forecast), excluded=plan.limits.excluded)
     return add(plan, network, machine, workload or Workload(), asked, plugins().formats(machine), abilities_of(forecast))
 
 

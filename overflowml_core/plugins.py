@@ -17,6 +17,7 @@ from overflowml_core.plan import Plan
 from overflowml_core.traps import Objection
 
 if TYPE_CHECKING:
+    from overflowml_core.codec import Codec
     from overflowml_core.loading import Loading
     from overflowml_core.plan import Estimate
     from overflowml_core.protocols import Attachment
@@ -160,6 +161,12 @@ class Plugins:
         for name, answer in self._each("overflowml_objections", plan=plan, network=network, machine=machine):
             found += [_expect(objection, Objection, name, "overflowml_objections") for objection in answer or ()]
         return found
+
+    def codec(self, form: Format, machine: Machine) -> Codec | None:
+        """The first that converts weights into a format, None where no plugin does."""
+        from overflowml_core.codec import Codec
+
+        return self._first("overflowml_codec", Codec, format=form, machine=machine)  # type: ignore[type-abstract]
 
     def components(self, target: object) -> dict[str, object] | None:
         """The first answer to which modules a live object consists of."""

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from math import ceil
 
 from overflowml_core.facts import Block
-from overflowml_core.formats import AS_STORED, Format
+from overflowml_core.formats import AS_STORED, ELEMENT_BYTES, Format
 from overflowml_core.layout import align
 from overflowml_core.planner.cost import AS_IT_IS, Conversion
-
-_ELEMENT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-"""Of the dtypes that formats convert from, as safetensors spells them. Weights in any other are packed by a format of their own already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +20,34 @@ class Weight:
         slab_bytes: of all its weights.
         expert_bytes: of one routed expert; 0 where it has none.
         conversion: what the format does to the time of its matrix products.
+        workspace_bytes: that decoding its largest converted weight takes for a moment.
     """
 
     format: str
     slab_bytes: int
     expert_bytes: int
     conversion: Conversion
+    workspace_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """What a format does to a block: bytes of its linear weights before, and of its slab afterwards; the ratio by which the former shrink,
+    the share of them that is converted, and elements of the largest converted weight."""
+
+    linear_bytes: int
+    slab_bytes: int
+    shrink: float
+    converted_share: float = 1.0
+    largest_count: int = 0
 
 
 def weigh(block: Block, chosen: Format | None) -> Weight:
     """A block in a format, or as it is stored where the format would not make it smaller or may not touch it.
 
-    Linear weights take ``bits_per_weight`` in place of the bits of the block's prevailing floating-point dtype. Experts shrink with them
-    where ``linear_count`` is so large that it must contain them.
+    Where the shapes of its linear weights are known, and the parts that the format makes of them, the bytes of the slab are exact: those
+    that the runtime lays out. Else linear weights take ``bits_per_weight`` in place of the bits of the block's prevailing floating-point
+    dtype. Experts shrink with them where they are so large that they must contain them.
 
     Args:
         block: as it is stored.
@@ -45,19 +57,41 @@ def weigh(block: Block, chosen: Format | None) -> Weight:
     as_stored = Weight(AS_STORED, block.slab_bytes, experts.nbytes if experts is not None else 0, AS_IT_IS)
     if chosen is None or block.keep_format or block.linear_count <= 0:
         return as_stored
-    element_bytes = _element_bytes(block)
-    if element_bytes is None or chosen.bits_per_weight >= 8 * element_bytes:
-        return as_stored
-    linear_bytes = min(block.linear_count * element_bytes, block.stored_bytes)
-    shrink = chosen.bits_per_weight / (8 * element_bytes)
-    slab_bytes = align(block.slab_bytes - linear_bytes + ceil(linear_bytes * shrink))
-    if slab_bytes >= block.slab_bytes:
+    change = _exact(block, chosen) if block.linears and chosen.parts else _estimated(block, chosen)
+    if change is None or change.slab_bytes >= block.slab_bytes:
         return as_stored
     expert_bytes = 0
     if experts is not None:
-        contained = experts.count * experts.nbytes <= linear_bytes
-        expert_bytes = align(ceil(experts.nbytes * shrink)) if contained else experts.nbytes
-    return Weight(chosen.name, slab_bytes, expert_bytes, Conversion(shrink, chosen.decode_bytes_per_s))
+        contained = experts.count * experts.nbytes <= change.linear_bytes
+        expert_bytes = align(ceil(experts.nbytes * change.shrink)) if contained else experts.nbytes
+    decoded_per_s = chosen.decode_bytes_per_s / change.converted_share
+    workspace_bytes = align(change.largest_count * chosen.decoding_bytes)
+    return Weight(chosen.name, change.slab_bytes, expert_bytes, Conversion(change.shrink, decoded_per_s), workspace_bytes)
+
+
+def _exact(block: Block, chosen: Format) -> _Change | None:
+    before = after = converted = largest = 0
+    slab = block.slab_bytes
+    for linear in block.linears:
+        nbytes = linear.rows * linear.columns * ELEMENT_BYTES.get(linear.dtype, 0)
+        before += linear.count * nbytes
+        if not chosen.converts(linear.rows, linear.columns, linear.dtype):
+            after += linear.count * nbytes
+            continue
+        converted += linear.count * nbytes
+        largest = max(largest, linear.rows * linear.columns)
+        after += linear.count * sum(part.nbytes(linear.rows, linear.columns) for part in chosen.parts)
+        slab += linear.count * (chosen.slab_bytes(linear.rows, linear.columns) - align(nbytes))
+    return _Change(before, slab, after / before, converted / before, largest) if converted else None
+
+
+def _estimated(block: Block, chosen: Format) -> _Change | None:
+    element_bytes = _element_bytes(block)
+    if element_bytes is None or chosen.bits_per_weight >= 8 * element_bytes:
+        return None
+    linear_bytes = min(block.linear_count * element_bytes, block.stored_bytes)
+    shrink = chosen.bits_per_weight / (8 * element_bytes)
+    return _Change(linear_bytes, align(block.slab_bytes - linear_bytes + ceil(linear_bytes * shrink)), shrink)
 
 
 def _element_bytes(block: Block) -> int | None:
@@ -66,4 +100,4 @@ def _element_bytes(block: Block) -> int | None:
         mean = block.stored_bytes // block.weight_count if block.weight_count else 0
         return mean or None
     dtype, _ = max(block.bytes_by_dtype, key=lambda pair: pair[1])
-    return _ELEMENT_BYTES.get(dtype)
+    return ELEMENT_BYTES.get(dtype)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from overflowml_core.facts import Tier
 from overflowml_core.planner import reasons
-from overflowml_core.planner.candidates import Candidate, settled, whole_residency, worked_out
+from overflowml_core.planner.candidates import Candidate, requirements, settled, whole_residency, worked_out
 from overflowml_core.planner.cost import Costs, Spent
 from overflowml_core.planner.estimates import PhaseRun, assembled, whole
 from overflowml_core.planner.homes import Draft, PhaseHomes, assign
@@ -49,7 +49,7 @@ def split_candidate(setting: Setting, recipe: Recipe) -> Candidate | None:
     accelerators = setting.machine.accelerators
     if len(accelerators) < 2 or any(a.unified for a in accelerators):
         return None
-    required = {"devices", "formats"} if recipe.format is not None else {"devices"}
+    required = {"devices"} | requirements(recipe)
     budgets = tuple(_budget(setting, index) for index in range(len(accelerators)))
     candidate = Candidate("devices", recipe, setting, requires=frozenset(required))
     candidate.devices = tuple(a.torch_name for a in accelerators)

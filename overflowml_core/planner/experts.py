@@ -23,7 +23,7 @@ from overflowml_core.activations import ASSUMED_TOKENS
 from overflowml_core.facts import Experts, Tier, Workload
 from overflowml_core.machine import Rates
 from overflowml_core.planner import reasons
-from overflowml_core.planner.candidates import Candidate, settled, whole_residency
+from overflowml_core.planner.candidates import Candidate, requirements, settled, whole_residency
 from overflowml_core.planner.cost import Spent
 from overflowml_core.planner.estimates import PhaseForecast, PhaseRun, assembled, brought_bytes, forecast, whole
 from overflowml_core.planner.homes import Draft, PhaseHomes, assign, spread_within
@@ -95,7 +95,7 @@ def expert_candidate(setting: Setting, recipe: Recipe) -> Candidate | None:
         return None
     if any(_has_experts(need) and need.whole_bytes <= setting.budget.device_bytes for need in needs):
         return None
-    required = {"experts", "formats"} if recipe.format is not None else {"experts"}
+    required = {"experts"} | requirements(recipe)
     candidate = Candidate("experts", recipe, setting, requires=frozenset(required))
     drafts = []
     for need in needs:

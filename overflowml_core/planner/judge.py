@@ -7,7 +7,7 @@ from math import inf
 
 from overflowml_core.facts import Limits, Tier
 from overflowml_core.plan import Rejected
-from overflowml_core.planner.candidates import QUALITY_ORDER, Candidate
+from overflowml_core.planner.candidates import MISSING, QUALITY_ORDER, Candidate
 from overflowml_core.units import format_bytes, format_seconds
 
 NEARLY = 1.03
@@ -52,8 +52,8 @@ def carried_out(candidate: Candidate, abilities: frozenset[str]) -> bool:
 
 
 def permitted(candidate: Candidate, limits: Limits) -> bool:
-    """Whether its loss is granted."""
-    return QUALITY_ORDER.index(candidate.quality) <= QUALITY_ORDER.index(limits.quality)
+    """Whether its loss is granted. Where nobody said what may be lost, it is what the formats of 8 bits lose."""
+    return QUALITY_ORDER.index(candidate.quality) <= QUALITY_ORDER.index(limits.quality or "minimal")
 
 
 def best_of(candidates: Sequence[Candidate], limits: Limits, abilities: frozenset[str]) -> Candidate | None:
@@ -127,8 +127,11 @@ def _why_not(candidate: Candidate, chosen: Candidate, limits: Limits, abilities:
     if not candidate.viable:
         return candidate.reason
     compared = _compared(candidate, chosen)
+    missing = candidate.recipe.format.missing if candidate.recipe.format is not None and MISSING not in abilities else ""
+    if missing:
+        return f"{missing}; {compared}"
     if not permitted(candidate, limits):
-        return f"changes the result more than quality='{limits.quality}' permits; {compared}"
+        return f"changes the result more than quality='{limits.quality}' permits, quality='{candidate.quality}' would; {compared}"
     if not carried_out(candidate, abilities):
         return f"this version does not carry it out yet; {compared}"
     if chosen.quality != candidate.quality and compared.endswith("faster"):

@@ -52,6 +52,7 @@ class PhaseNeed:
         profiles: the passes of each component, in the variant that is switched on.
         variant: its name; empty where components run as they are.
         lossless: whether the variant leaves the result as it is.
+        decoding_bytes: of ``activation_bytes``, what decoding a converted weight takes for a moment.
     """
 
     name: str
@@ -65,6 +66,7 @@ class PhaseNeed:
     profiles: tuple[tuple[PassProfile, ...], ...]
     variant: str = ""
     lossless: bool = True
+    decoding_bytes: int = 0
 
     @property
     def weight_bytes(self) -> int:
@@ -103,16 +105,19 @@ def _phase_need(name: str, components: tuple[Component, ...], limits: Limits, re
         chosen = recipe.format if component.name in recipe.components else None
         weights += [weigh(block, chosen) for block in component.blocks]
     profiles = tuple(component.profiles for component in components)
+    # A reserve that was asked for is all that is kept free.
+    decoding = max((weight.workspace_bytes for weight in weights), default=0) if limits.reserve_bytes is None else 0
     return PhaseNeed(
         name=name,
         components=components,
         fixed_bytes=sum(component.resident_bytes for component in components),
-        activation_bytes=activation_bytes(components, profiles, limits),
+        activation_bytes=activation_bytes(components, profiles, limits) + decoding,
         blocks=tuple(blocks),
         sizes_bytes=tuple(weight.slab_bytes if owners[i] == i else 0 for i, weight in enumerate(weights)),
         owners=tuple(owners),
         weights=tuple(weights),
         profiles=profiles,
+        decoding_bytes=decoding,
     )
 
 
@@ -120,7 +125,7 @@ def in_variant(need: PhaseNeed, device_bytes: int, limits: Limits) -> PhaseNeed:
     """The phase in the variant that its budget needs; as it is where it needs none, or where none helps.
 
     A variant is switched on only where the phase does not fit whole as it is. One that leaves the result as it is comes before the
-    streaming of blocks, for it costs less; one that does not comes after everything else.
+    streaming of blocks, for it costs less; one that does not comes after everything else, and whether it is permitted is judged later.
 
     Args:
         need: the phase with all components as they are.
@@ -141,16 +146,16 @@ def in_variant(need: PhaseNeed, device_bytes: int, limits: Limits) -> PhaseNeed:
 
 
 def _variants(need: PhaseNeed, limits: Limits) -> tuple[list[PhaseNeed], list[PhaseNeed]]:
-    """The phase in each variant of the first of its components that has any: those without loss, the others if they are permitted."""
+    """The phase in each variant of the first of its components that has any: those without loss, and the others."""
     ways: tuple[list[PhaseNeed], list[PhaseNeed]] = ([], [])
     place = next((i for i, component in enumerate(need.components) if component.variants), None)
     if place is None:
         return ways
     for variant in need.components[place].variants:
-        if ("variant", variant.name) in limits.excluded or (limits.quality == "lossless" and not variant.lossless):
+        if ("variant", variant.name) in limits.excluded:
             continue
         profiles = (*need.profiles[:place], variant.profiles, *need.profiles[place + 1 :])
-        activations = activation_bytes(need.components, profiles, limits)
+        activations = activation_bytes(need.components, profiles, limits) + need.decoding_bytes
         way = replace(need, profiles=profiles, activation_bytes=activations, variant=variant.name, lossless=variant.lossless)
         ways[not variant.lossless].append(way)
     return ways

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from overflowml_core import builtin, planning, registry, session
-from overflowml_core.errors import OverflowmlError
-from overflowml_core.facts import Limits
-from overflowml_core.formats import Format
+from overflowml_core.errors import DoesNotFit, OverflowmlError, Unsupported
+from overflowml_core.facts import Block, Component, Limits, Linear, Network, network_fingerprint
+from overflowml_core.formats import Format, PartSize
 from overflowml_core.hookspecs import hookimpl
 from overflowml_core.plugins import Plugins
 from overflowml_core.traps import Objection
 from tests.planner.build import GIB, llm, machine
 
-FP8 = Format("fp8", 8.0, "minimal", 0.03)
+PARTS = (PartSize(8), PartSize(32, 0))
+FP8 = Format("fp8", 8.0, "minimal", 0.03, parts=PARTS)
 NETWORK, MACHINE = llm(layers=8), machine(4 * GIB)
 
 
@@ -59,17 +61,81 @@ def test_objections_without_end_are_an_error(plugins):
     assert len(seen) == planning._MOST_ROUNDS
 
 
-def test_formats_are_planned_with_in_a_forecast_and_named_in_a_plan(plugins):
-    plugins.register(_plugin(formats=lambda: [FP8]), "formats")
-    network = session.describe("8GB")
-    room = machine(6 * GIB)
+class _Codec:
+    version = "1"
+
+    def __init__(self, format):
+        self.format = format
+
+    def encode(self, weight):
+        return weight
+
+    def template(self, rows, columns, dtype):
+        return rows, columns, dtype
+
+
+def _named(plan, strategy):
+    (named,) = [r for r in plan.rejected if r.strategy == strategy]
+    return named
+
+
+def test_a_forecast_takes_formats_and_a_plan_only_names_them_unasked(plugins):
+    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: _Codec(format)), "formats")
+    network, room = session.describe("8GB"), machine(6 * GIB)
     forecast = session.make_plan(network, Limits(), machine=room, forecast=True)
-    assert forecast.strategy == "direct fp8"
+    assert (forecast.strategy, forecast.limits.quality) == ("direct fp8", "minimal")
     plan = session.make_plan(network, Limits(), machine=room)
-    assert plan.quality == "lossless"
-    (named,) = [r for r in plan.rejected if r.strategy == "direct fp8"]
-    assert named.viable
-    assert not named.carried_out
+    assert (plan.quality, plan.limits.quality) == ("lossless", "lossless")
+    named = _named(plan, "direct fp8")
+    assert (named.viable, named.carried_out) == (True, True)
+    assert named.reason.startswith("changes the result more than quality='lossless' permits, quality='minimal' would; ")
+    asked = session.make_plan(network, Limits(quality="minimal"), machine=room)
+    assert (asked.strategy, asked.quality) == ("direct fp8", "minimal")
+    assert session.codecs_of(asked, room)["fp8"].format == FP8
+
+
+@pytest.mark.parametrize(("parts", "made"), [(PARTS, False), ((), True)], ids=["no codec", "no parts"])
+def test_a_format_that_nobody_makes_is_left_out_of_a_plan_and_not_of_a_forecast(plugins, parts, made):
+    form = replace(FP8, parts=parts)
+    plugins.register(_plugin(formats=lambda: [form], codec=lambda format: _Codec(format) if made else None), "formats")
+    network, room, limits = session.describe("8GB"), machine(6 * GIB), Limits(quality="minimal")
+    assert session.make_plan(network, limits, machine=room, forecast=True).strategy == "direct fp8"
+    plan = session.make_plan(network, limits, machine=room)
+    assert (plan.formats, plan.quality) == ((), "lossless")
+    assert ("fp8", "*") in plan.limits.excluded
+    assert _named(plan, "direct fp8").reason.startswith("excluded: fp8 in ")
+
+
+def test_a_format_that_this_machine_misses_something_for_says_so(plugins):
+    form = replace(FP8, missing="fp8 needs a package (pip install it)")
+    plugins.register(_plugin(formats=lambda: [form]), "formats")
+    network, room, limits = session.describe("8GB"), machine(6 * GIB), Limits(quality="minimal")
+    assert session.make_plan(network, limits, machine=room, forecast=True).strategy == "direct fp8"
+    plan = session.make_plan(network, limits, machine=room)
+    named = _named(plan, "direct fp8")
+    assert (plan.formats, named.viable, named.carried_out) == ((), True, False)
+    assert named.reason.startswith("fp8 needs a package (pip install it); ")
+
+
+def test_a_plan_in_a_format_that_is_gone_is_refused_with_the_way_out(plugins):
+    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: _Codec(format)), "formats")
+    plan = session.make_plan(session.describe("8GB"), Limits(quality="minimal"), machine=machine(6 * GIB))
+    plugins.manager.unregister(name="formats")
+    with pytest.raises(Unsupported, match="no plugin does so on this machine; install torchao"):
+        session.codecs_of(plan, MACHINE)
+
+
+def test_what_only_a_loss_would_fit_is_refused_with_how_to_permit_it(plugins):
+    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: _Codec(format)), "formats")
+    block = Block("blocks.0", 2**20, 2**21, 2**21, (("BF16", 2**21),), linear_count=2**20, linears=(Linear(1024, 1024, "BF16"),))
+    part = Component("model", "Model", (block,), 0, 0, (("BF16", 2**21),), "model")
+    network = Network((part,), "test", "Model", network_fingerprint((part,)))
+    budget = FP8.slab_bytes(1024, 1024)
+    with pytest.raises(DoesNotFit, match="or permit direct fp8 with quality='minimal'") as caught:
+        session.make_plan(network, Limits.exactly(device_memory=budget), machine=MACHINE)
+    assert "quality='minimal'" in [miss.remedy for miss in caught.value.near_misses]
+    plan = session.make_plan(network, Limits.exactly(device_memory=budget, quality="minimal"), machine=MACHINE)
+    assert plan.estimate.device_peak_bytes == budget
 
 
 def test_watchers_hear_of_the_plan_that_is_returned(plugins):

@@ -68,6 +68,32 @@ def test_hook_formats(manager):
     assert manager.formats(MACHINE) == (INT8,)
 
 
+class _Codec:
+    version = "1"
+
+    def __init__(self, format):
+        self.format = format
+
+    def encode(self, weight):
+        return weight
+
+    def template(self, rows, columns, dtype):
+        return rows, columns, dtype
+
+
+def test_hook_codec(manager):
+    assert manager.codec(INT8, MACHINE) is None
+    manager.register(plugin(codec=lambda format, machine: _Codec(format) if machine is MACHINE else None), "one")
+    manager.register(plugin(codec=lambda: None), "silent")
+    assert manager.codec(INT8, MACHINE).format is INT8
+
+
+def test_a_codec_that_cannot_convert_is_an_error(manager):
+    manager.register(plugin(codec=lambda: INT8), "wrong")
+    with pytest.raises(PluginFault, match="plugin wrong, overflowml_codec: returned a Format, expected Codec or None"):
+        manager.codec(INT8, MACHINE)
+
+
 def test_a_format_that_two_plugins_name_is_an_error_that_names_both(manager):
     manager.register(plugin(formats=lambda: [INT8]), "one")
     manager.register(plugin(formats=lambda: [INT8]), "other")
