@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from overflowml_core.errors import OverflowmlError
-from overflowml_core.facts import Block, Component, Experts, Network
+from overflowml_core.facts import Block, Component, Experts, Linear, Network
 from overflowml_core.work import WORK_KINDS, BlockWork, PassProfile, Variant, Work
 
-NETWORK_SCHEMA = 1
+NETWORK_SCHEMA = 2
 """Version of the JSON form. A profile of another version is made again, so it changes with every field."""
 
 LARGEST_NETWORK_CHARS = 256 * 2**20
@@ -67,6 +67,8 @@ def _block(block: Block) -> list[Any]:
         block.keep_format,
         block.linear_count,
         experts,
+        [_block(leaf) for leaf in block.leaves],
+        [[linear.rows, linear.columns, linear.dtype, linear.count] for linear in block.linears],
     ]
 
 
@@ -129,7 +131,7 @@ def _read_component(part: Mapping[str, Any], table: tuple[BlockWork, ...]) -> Co
 
 
 def _read_block(block: list[Any]) -> Block:
-    name, weight_count, stored_bytes, slab_bytes, dtypes, tied_to, keep_format, linear_count, experts = _list(block)
+    name, weight_count, stored_bytes, slab_bytes, dtypes, tied_to, keep_format, linear_count, experts, leaves, linears = _list(block)
     return Block(
         name=_is(str, name),
         weight_count=_count(weight_count),
@@ -140,6 +142,10 @@ def _read_block(block: list[Any]) -> Block:
         keep_format=_is(bool, keep_format),
         linear_count=_count(linear_count),
         experts=None if experts is None else Experts(*(_count(number) for number in _list(experts))),
+        leaves=tuple(_read_block(leaf) for leaf in _list(leaves)),
+        linears=tuple(
+            Linear(_count(rows), _count(columns), _is(str, dtype), _count(count)) for rows, columns, dtype, count in _list(linears)
+        ),
     )
 
 

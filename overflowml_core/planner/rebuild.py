@@ -12,6 +12,7 @@ from overflowml_core.plan import PhasePlan, Placement, Plan
 from overflowml_core.planner.conversion import Weight, weigh
 from overflowml_core.planner.cost import Conversion
 from overflowml_core.planner.homes import Draft, PhaseHomes
+from overflowml_core.planner.leaves import as_placed
 from overflowml_core.planner.needs import PhaseNeed, phase_needs
 from overflowml_core.planner.residency import Residency
 from overflowml_core.planner.setting import Setting, on_cpu, setting_of
@@ -34,7 +35,7 @@ def drafts_behind(plan: Plan, network: Network, formats: Sequence[Format]) -> li
     Raises:
         PlanMismatch: the plan was made for another network.
     """
-    needs = phase_needs(network, plan.limits)
+    needs = phase_needs(as_placed(network, plan), plan.limits)
     if [need.name for need in needs] != [phase.name for phase in plan.phases]:
         raise PlanMismatch(f"plan {plan.fingerprint} has the phases of another network than {network.class_name}; make a plan for this one")
     return [_behind(phase, need, {one.name: one for one in formats}) for phase, need in zip(plan.phases, needs, strict=True)]

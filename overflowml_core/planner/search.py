@@ -9,7 +9,7 @@ from overflowml_core.errors import DoesNotFit, NearMiss
 from overflowml_core.facts import Limits, Machine, Network, Tier, Workload
 from overflowml_core.formats import Format
 from overflowml_core.plan import Budget, PhasePlan, Placement, Plan, Rejected
-from overflowml_core.planner import judge, reasons, sentences
+from overflowml_core.planner import judge, leaves, reasons, sentences
 from overflowml_core.planner.candidates import Candidate, plain_candidates
 from overflowml_core.planner.conversion import weigh
 from overflowml_core.planner.devices import cpu_candidate, split_candidate
@@ -51,22 +51,29 @@ def make_plan(
         judge.exclude(candidate, limits)
     candidates = judge.one_of_each(candidates, setting.abilities)
     chosen = judge.best_of(candidates, limits, setting.abilities)
-    if chosen is None:
+    if chosen is not None:
+        return _written_down(chosen, candidates, setting).check()
+    apart = leaves.finer(network, setting.limits, setting.budget.device_bytes)
+    if apart is None:
         raise _failure(candidates, setting)
-    return _written_down(chosen, candidates, setting).check()
+    try:
+        plan = make_plan(apart, machine, workload, limits, formats, abilities)
+    except DoesNotFit as error:
+        raise DoesNotFit(f"{error} ({leaves.largest_leaf(apart, network)})", error.near_misses) from None
+    return replace(plan, reasons=(*plan.reasons, leaves.sentence(apart, network)))
 
 
 def smallest_budget_bytes(network: Network, machine: Machine, limits: Limits) -> int:
     """The smallest device budget in bytes with which :func:`make_plan` finds a plan that changes no weight and switches on no variant.
 
-    Every phase must hold its weights outside blocks, one slot for its largest block, and its activations. Where the only
-    place outside the compute tier is a disk that may not be used, everything has to stay. Whether RAM beside an accelerator
-    holds what waits there is not asked: with ``allow_disk`` it always has somewhere to go.
+    Every phase must hold its weights outside blocks, one slot for its largest block, or for the largest of the modules inside it, and its
+    activations. Where the only place outside the compute tier is a disk that may not be used, everything has to stay. Whether RAM beside
+    an accelerator holds what waits there is not asked: with ``allow_disk`` it always has somewhere to go.
     """
     needs = phase_needs(network, limits)
     if machine.compute.unified and not limits.allow_disk:
         return together_bytes(needs)
-    return max((need.smallest_bytes for need in needs), default=0)
+    return leaves.least_budget_bytes(network, limits)
 
 
 def _recipes(setting: Setting) -> list[Recipe]:
@@ -102,19 +109,21 @@ def _failure(candidates: Sequence[Candidate], setting: Setting) -> DoesNotFit:
     misses = tuple(
         NearMiss(c.strategy, c.estimate.device_peak_bytes, c.setting.budget.device_bytes, remedies[c.strategy])
         for c in barred
-        if c.estimate is not None and not judge.permitted(c, setting.limits)
+        if c.estimate is not None and not judge.permitted(c, setting.limits) and judge.carried_out(c, setting.abilities)
     )
+    lossy = f", or permit {misses[0].strategy} with {misses[0].remedy}" if misses else ""
     for kind in ("stream", "phased", "direct"):
         for candidate in candidates:
             if candidate.kind == kind and candidate.recipe is AS_IS and candidate.failure is not None:
-                return DoesNotFit(str(candidate.failure), (*candidate.failure.near_misses, *misses))
+                return DoesNotFit(f"{candidate.failure}{lossy}", (*candidate.failure.near_misses, *misses))
     excluded = [c for c in candidates if c.reason.startswith("excluded")]
     if excluded:
         return DoesNotFit(
             f"everything that fits is excluded ({excluded[0].strategy}: {excluded[0].reason}); permit it or grant more", misses
         )
     needs = phase_needs(setting.network, setting.limits)
-    return reasons.device_shortfall(needs, setting.machine, setting.limits, setting.budget.device_bytes)
+    shortfall = reasons.device_shortfall(needs, setting.machine, setting.limits, setting.budget.device_bytes)
+    return DoesNotFit(f"{shortfall}{lossy}", (*shortfall.near_misses, *misses))
 
 
 def _remedy(candidate: Candidate, setting: Setting) -> str:
