@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
-from overflowml_core.planner.machinery import Lane, Machinery, Move, Record, Step
+from overflowml_core.planner.machinery import Lane, Machinery, Move, Record, State, Step
 from overflowml_core.planner.rounds import OUTSIDE, Part, Round
 
-_MOST_PASSES = 8
-"""Simulated of each kind at most. Passes repeat the same waits, so that two or three are mostly enough."""
-
-_EQUAL = 1e-9
-"""Two passes that differ by less, relative to their length, are the same: floating-point noise."""
+_MOST_PASSES = 32
+"""Simulated of each kind at most. Two or three are mostly enough; more where a lead of the copies is used up in small steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def _is_plain(rounds: Sequence[Round], stage: Stage) -> bool:
     """Whether every round calls every streamed block once and in order, and all of them wait in the same place."""
     if len(stage.moves) != 1 or stage.handoff_s:
         return False
-    if not stage.in_ram and any(move.disk_s or move.blocks_host for move in stage.moves[0]):
+    if not stage.in_ram and any(move.disk_s or move.holds_reader for move in stage.moves[0]):
         return False
     expected = range(len(stage.moves[0]))
     slots = stage.slots_of
@@ -144,8 +143,6 @@ class Quick:
         self._in_ram = in_ram
         self._copy_free_s = start_s
         self._ready_s = [start_s] * count
-        self._free_s = [start_s] * self._slot_count
-        self._holder = list(range(self._slot_count))
         if not filled:
             for k in range(self._slot_count):
                 self._copy_free_s += copies[k]
@@ -157,10 +154,10 @@ class Quick:
         """One component's pass."""
         slots_of = stage.slots_of
         slots = [slots_of[index] if index >= 0 else None for index in part.steps]
-        copies, ready, free, holder = self._copies, self._ready_s, self._free_s, self._holder
-        now, copy_free, count, in_ram = self.compute_s, self._copy_free_s, self._slot_count, self._in_ram
+        copies, ready = self._copies, self._ready_s
+        now, copy_free, count = self.compute_s, self._copy_free_s, self._slot_count
         blocks = len(copies)
-        last = blocks - count
+        turns = count < blocks  # else every block has its slot and stays in it
         busy = 0.0
         for slot, seconds in zip(slots, part.seconds, strict=True):
             if slot is None:
@@ -169,30 +166,14 @@ class Quick:
             k = slot[1]
             arrived = ready[k]
             now = (arrived if arrived > now else now) + seconds
-            own = k % count
-            free[own] = now
-            if k < last:  # the blocks between are in their slots or on their way
-                k += count
+            if turns:
+                # The blocks between are in their slots or on their way.
+                k = (k + count) % blocks
                 copy_free = (copy_free if copy_free > now else now) + copies[k]
                 busy += copies[k]
                 ready[k] = copy_free
-                holder[own] = k
-                continue
-            claimed = set()
-            for _ in range(count):
-                k = k + 1 if k + 1 < blocks else 0
-                place = k % count
-                if place in claimed:
-                    continue
-                claimed.add(place)
-                if holder[place] != k:
-                    earliest = now if in_ram else free[place]
-                    copy_free = (copy_free if copy_free > earliest else earliest) + copies[k]
-                    busy += copies[k]
-                    ready[k] = copy_free
-                    holder[place] = k
         self.compute_s, self._copy_free_s = now, copy_free
-        if in_ram:
+        if self._in_ram:
             self.disk_s += busy
         else:
             self.link_s += busy
@@ -206,38 +187,64 @@ class Quick:
         self.compute_s += seconds
         self._copy_free_s += seconds
         self._ready_s = [t + seconds for t in self._ready_s]
-        self._free_s = [t + seconds for t in self._free_s]
+
+    def state(self) -> State:
+        """How the engines are at the end of a pass, when the first blocks are in the slots or on their way. What is over counts as now."""
+        now = self.compute_s
+        return State((), (now, max(self._copy_free_s, now), *(max(t, now) for t in self._ready_s[: self._slot_count])))
 
 
 def _run_round(runner: Quick | Machinery, one: Round, stage: Stage) -> RoundPace:
     prepared = [steps_of(part, stage) for part in one.parts] if isinstance(runner, Machinery) else []
-    first_end_s = link_s = disk_s = 0.0
-    lengths: list[float] = []
-    part_s: tuple[float, ...] = ()
-    while len(lengths) < min(one.count, _MOST_PASSES):
-        start_s, link_before_s, disk_before_s = runner.compute_s, runner.link_s, runner.disk_s
-        ends = []
-        for place, part in enumerate(one.parts):
-            if isinstance(runner, Machinery):
-                runner.run(prepared[place])
-            else:
-                runner.run_part(part, stage)
-            ends.append(runner.compute_s)
-        part_s = tuple(end - begin for begin, end in zip([start_s, *ends], ends, strict=False))
-        lengths.append(runner.compute_s - start_s)
-        link_s, disk_s = runner.link_s - link_before_s, runner.disk_s - disk_before_s
-        first_end_s = first_end_s or runner.compute_s
-        if len(lengths) > 2 and _same(lengths[-1], lengths[-2]):
-            break
-    round_s = lengths[-1]
-    if len(lengths) < one.count:
-        if not _same(lengths[-1], lengths[-2]):
-            # Waits that come back every second or third pass only: their mean is the rhythm.
-            round_s = sum(lengths[2:]) / len(lengths[2:])
-            part_s = tuple(seconds * round_s / lengths[-1] for seconds in part_s)
-        runner.skip((one.count - len(lengths)) * round_s)
-    return RoundPace(first_end_s, round_s, part_s, link_s, disk_s)
+    passes: list[_Pass] = []
+    states: list[State] = []
+    period = 0
+    while len(passes) < min(one.count, _MOST_PASSES) and not period:
+        passes.append(_run_pass(runner, one, stage, prepared))
+        states.append(runner.state())
+        period = _period(states)
+    # Where no rhythm shows, the later half of them is taken for one.
+    rhythm = passes[-(period or (len(passes) + 1) // 2) :]
+    round_s = sum(sum(each.part_s) for each in rhythm) / len(rhythm)
+    left = one.count - len(passes)
+    if left:
+        rest = left % len(rhythm)
+        runner.skip((left - rest) * round_s)
+        for _ in range(rest):
+            _run_pass(runner, one, stage, prepared)
+    return RoundPace(
+        first_end_s=passes[0].end_s,
+        round_s=round_s,
+        part_s=tuple(sum(part_s) / len(rhythm) for part_s in zip(*(each.part_s for each in rhythm), strict=True)),
+        link_s=sum(each.link_s for each in rhythm) / len(rhythm),
+        disk_s=sum(each.disk_s for each in rhythm) / len(rhythm),
+    )
 
 
-def _same(one_s: float, other_s: float) -> bool:
-    return abs(one_s - other_s) <= _EQUAL * max(one_s, other_s)
+class _Pass(NamedTuple):
+    """Times of one round, in seconds: when it ends, each component's pass, and what the engines are busy."""
+
+    end_s: float
+    part_s: tuple[float, ...]
+    link_s: float
+    disk_s: float
+
+
+def _run_pass(runner: Quick | Machinery, one: Round, stage: Stage, prepared: Sequence[Sequence[Step]]) -> _Pass:
+    ends, link_s, disk_s = [runner.compute_s], runner.link_s, runner.disk_s
+    for place, part in enumerate(one.parts):
+        if isinstance(runner, Machinery):
+            runner.run(prepared[place])
+        else:
+            runner.run_part(part, stage)
+        ends.append(runner.compute_s)
+    part_s = tuple(end - begin for begin, end in pairwise(ends))
+    return _Pass(runner.compute_s, part_s, runner.link_s - link_s, runner.disk_s - disk_s)
+
+
+def _period(states: Sequence[State]) -> int:
+    """After how many passes the engines are again as they were; 0 where they have not been so far."""
+    for back in range(1, len(states)):
+        if states[-1].follows(states[-1 - back]):
+            return back
+    return 0

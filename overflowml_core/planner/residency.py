@@ -60,9 +60,8 @@ def choose(sizes_bytes: Sequence[int], owners: Sequence[int], room_bytes: int) -
 
 
 def _most_resident(classes: Classes, room_bytes: int) -> tuple[int, tuple[int, ...]] | None:
-    # Two slots: one is computed from while the other is copied into. Block i uses slot i modulo 2, so that with an odd number of
-    # streamed blocks the last of a pass and the first of the next share one and wait for each other. A third slot would cure
-    # that, but it is never free: where it fits beside an optimal choice, a streamed block fits there too and should stay.
+    # Two slots: one is computed from while the other is copied into. A third is never free: where it fits beside an optimal
+    # choice, a streamed block fits there too and should stay.
     two = _best_counts(classes, room_bytes, slot_count=2)
     # One slot is all that fits below this room. What it keeps there is a floor for all larger rooms, so that
     # granting more memory never streams more; it matters only where a few blocks are much larger than the rest.

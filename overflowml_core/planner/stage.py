@@ -41,7 +41,7 @@ def move_of(nbytes: int, tier: Tier, rates: Rates, slot_bytes: int, in_ram: bool
     if rates.h2d_bytes_per_s <= 0:
         return None
     if tier is Tier.RAM:
-        return Move(nbytes / pageable_bytes_per_s(rates), blocks_host=True)
+        return Move(nbytes / pageable_bytes_per_s(rates), holds_reader=True)
     return Move(nbytes / rates.h2d_bytes_per_s)
 
 

@@ -1,7 +1,7 @@
 """Which blocks of a phase stay, where it is known what they compute: the choice whose simulated time is the least.
 
 Small phases are enumerated, so that the choice is the optimum of the model. Larger ones take the best of several ways to fill the room,
-then exchanges between blocks, within a bound on simulated steps that does not grow with the number of blocks.
+then exchanges between blocks, then changes at random, within a bound on simulated steps that does not grow with the number of blocks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, combinations, pairwise, product
+from math import exp
+from random import Random
 
 from overflowml_core.planner.machinery import Move
 from overflowml_core.planner.pace import Stage, pace_of
@@ -20,6 +22,15 @@ MOST_ENUMERATED = 7
 
 _MOST_STEPS = 300_000
 """Simulated steps of one phase, beyond which no further choice is looked at; about 0.1 s."""
+
+_EXCHANGED_STEPS = 150_000
+"""Of them, those up to which exchanges are looked at; the rest is for changes at random."""
+
+_SHAKES = 2_000
+"""Changes at random, most of which do not fit or are known to be slower."""
+
+_HEAT = 0.02
+"""How much slower, as a part of the whole, a change at random may make a choice at first: about what one block more or less does."""
 
 _MOST_SLOTS = 4
 """Deeper prefetch gained less than 1 % where it was measured (sglang PR 31538: 0.9 % for a depth of 16 instead of 1)."""
@@ -35,6 +46,9 @@ _MANY = 40
 
 _ENOUGH = 1 + 1e-3
 """A choice so close to what no choice can beat is not improved any further."""
+
+_ALMOST = 1.005
+"""A choice so close to it is not looked for at random."""
 
 _CLEARLY = 1 - 1e-9
 
@@ -153,6 +167,8 @@ def choose_timed(problem: Problem) -> Residency | None:
         # A choice with another number of slots is several changes away: the best of each number is improved on its own.
         starts = {way.slot_count: way for way in sorted(found, reverse=True)}
         found += [_exchanged(problem, way) for way in sorted(starts.values())]
+        if min(found).seconds > max(least_s, problem.copies_s(found[0].stays)) * _ALMOST:
+            found.append(_shaken(problem, min(found)))
     return _finished(problem, found)
 
 
@@ -271,10 +287,10 @@ def _filled(problem: Problem, order: Sequence[int], slot_count: int, room_bytes:
 def _exchanged(problem: Problem, way: _Way) -> _Way:
     """Change a choice step by step while that is faster and steps are left."""
     improved = True
-    while improved and problem.steps <= _MOST_STEPS:
+    while improved and problem.steps <= _EXCHANGED_STEPS:
         improved = False
         for stays, slot_count in _changes(problem, way):
-            if problem.steps > _MOST_STEPS:
+            if problem.steps > _EXCHANGED_STEPS:
                 break
             problem.steps += len(stays)  # looking at a change costs about as much as simulating so many steps
             if not slot_count < stays.count(False) or not _fits(problem, stays, slot_count):
@@ -304,3 +320,26 @@ def _changes(problem: Problem, way: _Way) -> Iterator[tuple[list[bool], int]]:
         for index in change:
             stays[index] = not stays[index]
         yield stays, slot_count
+
+
+def _shaken(problem: Problem, way: _Way) -> _Way:
+    """Change a choice at random while steps are left, at first for the worse too: exchanges alone may be stuck. Always the same changes."""
+    draw, present, best = Random(0), way, way
+    for number in range(_SHAKES):
+        if problem.steps > _MOST_STEPS:
+            break
+        stays = list(present.stays)
+        for index in draw.sample(problem.whole, draw.randint(1, 3)):
+            stays[index] = not stays[index]
+        problem.steps += len(stays)
+        heat_s = _HEAT * way.seconds * (1 - max(number / _SHAKES, problem.steps / _MOST_STEPS))
+        slot_count = max(1, way.slot_count)
+        if not slot_count < stays.count(False) or not _fits(problem, stays, slot_count):
+            continue
+        if problem.floor_s(stays, slot_count) >= present.seconds + 3 * heat_s:
+            continue
+        other = _way(problem, stays, slot_count)
+        if other.seconds <= present.seconds or (heat_s > 0 and draw.random() < exp((present.seconds - other.seconds) / heat_s)):
+            present = other
+            best = min(best, present)
+    return best

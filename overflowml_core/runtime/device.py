@@ -12,11 +12,13 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from overflowml_core.facts import Accelerator
+from overflowml_core.runtime.pages import whole_pages
 
 _log = logging.getLogger("overflowml")
 _PAGE_BYTES = 4096
@@ -58,6 +60,12 @@ class Device(ABC):
     on_host = False
     """Whether the device computes in RAM, so that a block read from disk is where it is needed."""
 
+    overlaps = False
+    """Whether copies run beside what computes, so that it pays to wait for each one as late as can be."""
+
+    pageable_holds = False
+    """Whether a copy from pageable RAM holds the thread that asks for it until it is over, while the device computes on."""
+
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
         self.arenas = Ledger()
@@ -72,9 +80,29 @@ class Device(ABC):
             torch.OutOfMemoryError: the device has no room; on the CPU a RuntimeError or MemoryError of the allocator.
         """
 
+    def slot(self, nbytes: int) -> torch.Tensor:
+        """Allocate a staging slot on the device; in RAM it starts on a page, so that files can be read straight into it.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: as for ``empty``.
+        """
+        return self.empty(nbytes)
+
     @abstractmethod
     def host_buffer(self, nbytes: int, pin: bool) -> torch.Tensor:
         """Allocate bytes in RAM, page-locked where asked for and possible; a refusal falls back to pageable memory, with a warning."""
+
+    def filled_buffer(self, nbytes: int, pin: bool, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Bytes in RAM with their content, page-locked where asked for and possible.
+
+        Args:
+            nbytes: how many.
+            pin: page-lock them; a refusal falls back to pageable memory, with a warning, and loses nothing.
+            fill: writes all of them, once. What it raises is raised, and nothing stays allocated.
+        """
+        buffer = self.host_buffer(nbytes, pin)
+        fill(buffer)
+        return buffer
 
     @abstractmethod
     def new_event(self) -> Any:
@@ -128,6 +156,9 @@ class HostDevice(Device):
     def empty(self, nbytes: int) -> torch.Tensor:
         return self.arenas.book(torch.empty(nbytes, dtype=torch.uint8))
 
+    def slot(self, nbytes: int) -> torch.Tensor:
+        return self.arenas.book(whole_pages(nbytes))
+
     def host_buffer(self, nbytes: int, pin: bool) -> torch.Tensor:
         return self.pageable.book(torch.empty(nbytes, dtype=torch.uint8))
 
@@ -165,6 +196,10 @@ class HostDevice(Device):
 class StreamDevice(Device):
     """An accelerator with copy streams and events, by torch's module for its kind (``torch.cuda``, ``torch.xpu``, ...)."""
 
+    overlaps = True
+
+    pageable_holds = True
+
     def __init__(self, torch_device: torch.device) -> None:
         super().__init__(torch_device)
         self.module: Any = torch.get_device_module(torch_device)
@@ -182,7 +217,7 @@ class StreamDevice(Device):
         try:
             return self.pinned.book(self._pinned_buffer(nbytes))
         except RuntimeError as error:
-            _log.warning("pinning %d bytes was refused (%s); copies from pageable memory are slower", nbytes, str(error))
+            _warn_of_refusal(nbytes, error)
             return self.pageable.book(torch.empty(nbytes, dtype=torch.uint8))
 
     def _pinned_buffer(self, nbytes: int) -> torch.Tensor:
@@ -228,21 +263,34 @@ class CudaDevice(StreamDevice):
     torch's own pinned allocator rounds each buffer up to a power of two, up to twice the bytes; registering keeps the plan's count exact.
     """
 
+    def filled_buffer(self, nbytes: int, pin: bool, fill: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        if not pin or nbytes == 0:
+            return super().filled_buffer(nbytes, pin, fill)
+        # Filled first: page-locking touches every page, and would zero fresh ones only for them to be written again.
+        buffer = whole_pages(nbytes)
+        fill(buffer)
+        try:
+            self._register(buffer)
+        except RuntimeError as error:
+            _warn_of_refusal(nbytes, error)
+            return self.pageable.book(buffer)
+        return self.pinned.book(buffer)
+
     def _pinned_buffer(self, nbytes: int) -> torch.Tensor:
-        if nbytes == 0:
-            return torch.empty(0, dtype=torch.uint8)
-        # Whole pages of our own: two registrations must not share a page.
-        buffer = torch.empty(nbytes + 2 * _PAGE_BYTES, dtype=torch.uint8)
-        address = -(-buffer.data_ptr() // _PAGE_BYTES) * _PAGE_BYTES
-        start = address - buffer.data_ptr()
-        runtime = torch.cuda.cudart()
+        buffer = whole_pages(nbytes)
+        if nbytes:
+            self._register(buffer)
+        return buffer
+
+    def _register(self, buffer: torch.Tensor) -> None:
+        """Page-lock a buffer that has its pages for itself: two registrations must not share one."""
+        runtime, address = torch.cuda.cudart(), buffer.data_ptr()
         with torch.cuda.device(self.torch_device):
-            failure = int(runtime.cudaHostRegister(address, -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES, 0))
+            failure = int(runtime.cudaHostRegister(address, -(-buffer.numel() // _PAGE_BYTES) * _PAGE_BYTES, 0))
         if failure:
             raise RuntimeError(f"cudaHostRegister failed with error {failure}")
         # The driver must let go before the allocator does; the finalizer runs while the storage is still there.
         weakref.finalize(buffer.untyped_storage(), runtime.cudaHostUnregister, address)
-        return buffer[start : start + nbytes]
 
 
 class OrderedDevice(Device):
@@ -300,6 +348,10 @@ def open_device(accelerator: Accelerator) -> Device:
     if accelerator.kind == "mps":
         return OrderedDevice(torch_device)
     return StreamDevice(torch_device)
+
+
+def _warn_of_refusal(nbytes: int, error: RuntimeError) -> None:
+    _log.warning("pinning %d bytes was refused (%s); copies from pageable memory are slower", nbytes, str(error))
 
 
 def trim_heap() -> None:

@@ -1,19 +1,43 @@
-"""One phase of a plan on the device: its residents, buffers and streamer come in together and leave together."""
+"""One phase of a plan on the device: its residents, buffers and streamer come in together and leave together.
+
+Note [arrivals]. Where copies run beside what computes, nobody waits for all residents: a resident block is installed when it is
+called for the first time, behind its own copy. Until then it shows its weights at home, so that who reads them past the block's
+call meets the host, not bytes that are not there yet.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from overflowml_core.plan import PhasePlan
+from overflowml_core.runtime.compiling import HookPair
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.feeder import Feeder
+from overflowml_core.runtime.guests import Guests
 from overflowml_core.runtime.homes import Home
 from overflowml_core.runtime.recast import Cast
 from overflowml_core.runtime.streamer import Streamer
 from overflowml_core.runtime.structure import Owner
+
+
+@dataclass(slots=True)
+class _Arrival:
+    """A resident block on its way: what is installed behind which event, and the hooks that do it."""
+
+    home: Home
+    parameters: tuple[nn.Parameter, ...]
+    end: Any
+    hooks: HookPair
+
+
+def _go_on(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    """Nothing is to be done when a resident block was called."""
 
 
 class Phase:
@@ -25,6 +49,9 @@ class Phase:
         residents: slabs that are on the device while the phase runs and have a home outside of it.
         modules: the phase's components.
         casts: by dtype, the homes of the phase in it.
+        guests: parameters that came into its modules after the plan was attached.
+        is_present: it has entered and not left.
+        block_hooks: what takes the hooks off its streamed blocks.
     """
 
     def __init__(
@@ -35,9 +62,15 @@ class Phase:
         self.residents = list(residents)
         self.modules = tuple(modules)
         self.casts: dict[torch.dtype, Cast] = {}
+        self.guests = Guests(device)
+        self.is_present = False
+        self.block_hooks: list[HookPair] = []
         self._device = device
         self._feeder = feeder
         self._arenas: list[torch.Tensor] = []
+        self._arriving: dict[int, _Arrival] = {}
+        """By id of its module, each resident block that was not called yet."""
+        self._lock = threading.RLock()
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         """Pairs of a buffer on the device and the one that it stands for."""
 
@@ -49,21 +82,28 @@ class Phase:
             ReadFault: a file is gone or shorter than it was.
         """
         try:
+            if not self._device.on_host:
+                self._bring_buffers()  # first: their copies wait for no others
             for home in self.residents:
                 self._bring(home)
-            if not self._device.on_host:
-                self._bring_buffers()
+            self.guests.bring()
             self.streamer.open()
+            self.is_present = True
         except BaseException:
             self.leave()
             raise
 
     def leave(self) -> None:
         """Free what the phase takes of the device. Weights are at home afterwards; nothing is copied back, for they do not change."""
+        self.is_present = False
+        with self._lock:
+            while self._arriving:
+                self._arriving.popitem()[1].hooks.remove()
         self._device.synchronize()
         self.streamer.close()
         for home in self.residents:
             home.slab.install(home.parameters)
+        self.guests.take_home()
         if not self._device.on_host:
             self._take_buffers_home()
         self._arenas.clear()
@@ -75,8 +115,23 @@ class Phase:
         start, end = self._device.new_event(), self._device.new_event()
         self._device.record(start)
         self._feeder.feed(home, arena, start, end)
-        self._device.wait(end)
-        home.slab.install(home.slab.parameters(arena))
+        parameters, module = home.slab.parameters(arena), home.slab.unit.module
+        if module is not None and self._device.overlaps:
+            # The phase's own method and no closure: in a cycle of references it would keep the arena past the phase.
+            self._arriving[id(module)] = _Arrival(home, parameters, end, HookPair(module, self._arrive, _go_on))
+        else:
+            self._device.wait(end)
+            home.slab.install(parameters)
+
+    def _arrive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Install a resident block when it is called, behind its copy."""
+        with self._lock:
+            arrival = self._arriving.get(id(module))
+            if arrival is not None:
+                self._device.wait(arrival.end)
+                arrival.home.slab.install(arrival.parameters)
+                del self._arriving[id(module)]
+                arrival.hooks.remove()
 
     def _bring_buffers(self) -> None:
         moved: dict[int, torch.Tensor] = {}

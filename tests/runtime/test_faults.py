@@ -159,16 +159,18 @@ def test_a_file_that_is_cut_while_blocks_stream_from_it(tmp_path: Path, vgpu: Vi
     module = stack(6, 64)
     expected = on_device(module, rows(64))
     twin, loading, path = unread(module, tmp_path)
-    content = path.read_bytes()
+    content, times = path.read_bytes(), path.stat()
     with job(twin, vgpu.device, tier="disk", loading=loading).attached(tmp_path):
         assert same(call(twin, rows(64)), expected)
         for lost in (1, 2, 5):
             os.truncate(path, len(content) - lost * 64 * 64 * 4)
             with pytest.raises(ReadFault) as caught:
                 twice(lambda: call(twin, rows(64)))
-            assert (caught.value.path, caught.value.expected_bytes) == (path, 64 * 64 * 4)
+            assert caught.value.path == path
+            assert caught.value.got_bytes < caught.value.expected_bytes in (64 * 64 * 4, len(content))  # a block, or a file that changed
             with path.open("r+b") as file:
                 file.write(content)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
             for _ in range(3):
                 assert same(call(twin, rows(64)), expected), lost
 

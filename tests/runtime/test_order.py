@@ -286,7 +286,7 @@ def test_an_interrupt_leaves_the_weights_readable(tmp_path: Path, vgpu: Virtual)
 def test_a_block_inside_a_block_that_shares_its_slot_is_refused_and_the_next_call_is_right(tmp_path: Path, vgpu: Virtual) -> None:
     module = stack(COUNT, 16)
     expected = on_device(module, rows())
-    with job(module, vgpu.device, budget_bytes=slots_budget(module, 2)).attached(tmp_path):
+    with job(module, vgpu.device, budget_bytes=slots_budget(module, 1)).attached(tmp_path):
         nested = module.blocks[0].up.register_forward_pre_hook(lambda m, args: (module.blocks[2](args[0]),))
         with pytest.raises(Unsupported, match=r"blocks\.2 is called inside blocks\.0"):
             call(module, rows())
@@ -294,18 +294,19 @@ def test_a_block_inside_a_block_that_shares_its_slot_is_refused_and_the_next_cal
         assert same(call(module, rows()), expected)
 
 
-def test_a_block_inside_a_block_with_another_slot_is_right(tmp_path: Path, vgpu: Virtual) -> None:
+@pytest.mark.parametrize("inner", [1, 2, 5])
+def test_a_block_inside_a_block_takes_another_slot_and_is_right(inner: int, tmp_path: Path, vgpu: Virtual) -> None:
     module = stack(COUNT, 16)
-    module.blocks[0].up.register_forward_pre_hook(lambda m, args: (module.blocks[1](args[0]),))
-    expected = on_device_nested(module)
+    module.blocks[0].up.register_forward_pre_hook(lambda m, args: (module.blocks[inner](args[0]),))
+    expected = on_device_nested(inner)
     with job(module, vgpu.device, budget_bytes=slots_budget(module, 2)).attached(tmp_path):
         for _ in range(3):
             assert same(call(module, rows()), expected)
 
 
-def on_device_nested(module: Stack) -> torch.Tensor:
+def on_device_nested(inner: int) -> torch.Tensor:
     plain = stack(COUNT, 16).to("vgpu")
-    plain.blocks[0].up.register_forward_pre_hook(lambda m, args: (plain.blocks[1](args[0]),))
+    plain.blocks[0].up.register_forward_pre_hook(lambda m, args: (plain.blocks[inner](args[0]),))
     return call(plain, rows())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise
 from pathlib import Path
 
@@ -124,11 +125,16 @@ def test_an_odd_number_of_streamed_blocks_copies_no_block_twice_in_a_pass(tmp_pa
     engine.detach()
 
 
-def test_the_odd_block_costs_one_wait_in_a_pass_and_not_more(tmp_path: Path, vgpu: Virtual) -> None:
-    """The last block of a pass and the first of the next share a slot, so that one copy cannot hide (planner, residency)."""
+@pytest.mark.parametrize(("count", "slots"), [(5, 2), (7, 2), (7, 3), (8, 3)])
+def test_any_number_of_blocks_takes_no_longer_than_their_copies(count: int, slots: int, tmp_path: Path, vgpu: Virtual) -> None:
+    """The last block of a pass and the first of the next never share a slot."""
     clocked(vgpu, 1 * MS, 1 * MS)
-    module, engine = managed(vgpu, tmp_path, 5, 2)
-    assert max(passes(vgpu, module, 4)) <= (5 + 1) * MS + 1e-12
+    module = stack(count, WIDTH)
+    task = job(module, vgpu.device, budget_bytes=slots_budget(module, 2))
+    plan = task.plan()
+    phase = dataclasses.replace(plan.phases[0], slot_count=slots)
+    engine = task.engine(tmp_path, dataclasses.replace(plan, phases=(phase,), fingerprint="")).attach(task.modules, None)
+    assert passes(vgpu, module, 4) == pytest.approx([count * MS] * 4, rel=1e-9)
     engine.detach()
 
 
@@ -164,6 +170,18 @@ def test_blocks_from_disk_pass_the_ring_while_others_compute(tmp_path: Path, vgp
     assert len(copies) == 2 + 3 * 6
     assert all(e.end_s - e.start_s == pytest.approx(1 * MS) for e in copies)
     assert vgpu.sim.elapsed() < (2 + 18) * 1.25 * MS
+    engine.detach()
+
+
+@pytest.mark.parametrize(("copy_ms", "compute_ms"), [(1.0, 0.25), (0.25, 1.0)])
+def test_copies_from_pageable_memory_run_while_blocks_compute(copy_ms: float, compute_ms: float, tmp_path: Path, vgpu: Virtual) -> None:
+    """The thread that calls the model is not held by them: a reader thread is."""
+    clocked(vgpu, copy_ms * MS, compute_ms * MS)
+    module, engine = managed(vgpu, tmp_path, 6, 2, tier="ram")
+    before = vgpu.sim.clock.host_s
+    assert passes(vgpu, module, 4) == pytest.approx([6 * max(copy_ms, compute_ms) * MS] * 4, rel=0.05)
+    assert vgpu.sim.clock.host_s == before
+    settled(engine)
     engine.detach()
 
 

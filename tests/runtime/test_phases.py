@@ -207,3 +207,50 @@ def test_on_the_cpu_phases_take_turns_too(tmp_path: Path) -> None:
             assert same(modules[name](rows()), expected[name])
         assert engine.device.arenas.peak_bytes <= task.smallest_bytes
     assert {name: snapshot(m) for name, m in modules.items()} == before
+
+
+def unequal_turns(vgpu: Virtual) -> tuple[dict[str, Stack], list[float]]:
+    """Two components of which each fits whole, and a clock on which a block's copy and its product take a millisecond each."""
+    width, count = 64, 32
+    nbytes, flop = width * width * 4, 2 * count * width * width
+    vgpu.reset(h2d_bytes_per_s=nbytes / 1e-3, flop_per_s=flop / 1e-3, memory_bytes_per_s=1e30)
+    return {name: stack(6, width, seed=seed) for seed, name in enumerate(("one", "other"))}, [width, count]
+
+
+def test_a_phase_computes_while_its_residents_come_in(tmp_path: Path, vgpu: Virtual) -> None:
+    modules, (width, count) = unequal_turns(vgpu)
+    task = job(modules, vgpu.device)
+    task.budget_bytes = max(c.slab_bytes for c in task.network.components)
+    with task.attached(tmp_path) as engine:
+        assert engine.plan.strategy == "phased"
+        x = torch.zeros(count, width, device="vgpu")
+        modules["one"](x)
+        vgpu.sim.synchronize()
+        for name in ("other", "one", "other"):
+            began, host = vgpu.sim.elapsed(), vgpu.sim.clock.host_s
+            modules[name](x)
+            assert vgpu.sim.clock.host_s == host  # the host goes on at once
+            # One copy that nothing hides, then a product a millisecond: 7, where 12 would be one after the other.
+            assert vgpu.sim.clock.streams[0].time_s - began == pytest.approx(7e-3)
+            vgpu.sim.synchronize()
+
+
+def test_a_resident_shows_its_home_until_it_has_arrived(tmp_path: Path, vgpu: Virtual) -> None:
+    modules, (width, count) = unequal_turns(vgpu)
+    task = job(modules, vgpu.device)
+    task.budget_bytes = max(c.slab_bytes for c in task.network.components)
+    expected = on_device(modules["other"], torch.ones(count, width))
+    with task.attached(tmp_path) as engine:
+        engine.enter("other")
+        blocks = modules["other"].blocks
+        assert {block.up.weight.device.type for block in blocks} == {"cpu"}
+        call(blocks[2], torch.ones(count, width))
+        assert [block.up.weight.device.type for block in blocks] == ["cpu", "cpu", "vgpu", "cpu", "cpu", "cpu"]
+        for _ in range(2):
+            assert same(call(modules["other"], torch.ones(count, width)), expected)
+        assert {block.up.weight.device.type for block in blocks} == {"vgpu"}
+        assert not any(block._forward_hooks for block in blocks)
+        engine.enter("one")
+        engine.enter("other")
+        assert same(call(modules["other"], torch.ones(count, width)), expected)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for module in modules.values() for m in module.modules())

@@ -157,6 +157,26 @@ def test_a_pass_allocates_nothing_but_what_the_models_operators_do(tier: str, tm
     engine.detach()
 
 
+@pytest.mark.parametrize("count", [5, 6])
+def test_a_pass_neither_allocates_nor_synchronizes(count: int, tmp_path: Path, vgpu: Virtual, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from the first block of a pass to the end of its last, once every block has been in its slots."""
+    module = stack(count, 16)
+    engine = job(module, vgpu.device, budget_bytes=slots_budget(module, 2)).attach(tmp_path)
+    x, calls = rows().to("vgpu"), []
+    for owner, name in ((vgpu.sim, "charge"), (vgpu.sim, "charge_pinned"), (vgpu.sim, "synchronize"), (vgpu.sim.clock, "synchronize")):
+        true = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, true=true, name=name: (calls.append(name), true(*a))[1])
+    for number in range(4):
+        calls.clear()
+        module(x)
+        if number >= 2:
+            assert calls == ["charge"] * 2 * count  # one product and one sum a block, the model's own
+    vgpu.sim.synchronize()
+    assert "synchronize" in calls  # they are counted
+    monkeypatch.undo()
+    engine.detach()
+
+
 def test_a_pass_from_pinned_memory_never_makes_the_host_wait(tmp_path: Path, vgpu: Virtual) -> None:
     module = stack(6, 16)
     engine = job(module, vgpu.device, budget_bytes=slots_budget(module, 2)).attach(tmp_path)
