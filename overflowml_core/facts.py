@@ -25,6 +25,7 @@ __all__ = [
     "Experts",
     "HostMemory",
     "Limits",
+    "Linear",
     "Machine",
     "Network",
     "PassProfile",
@@ -81,6 +82,22 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class Linear:
+    """Weights of linear layers that look alike, and that formats may convert.
+
+    Attributes:
+        rows, columns: outputs and inputs of the layer, in elements.
+        dtype: as safetensors spells it ("BF16").
+        count: how many there are.
+    """
+
+    rows: int
+    columns: int
+    dtype: str
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """A part of a component that is moved as one: a transformer layer, a stage of a UNet.
 
@@ -93,7 +110,10 @@ class Block:
         tied_to: name of the block whose tensors these are, where the same module is called twice.
         keep_format: never quantize.
         linear_count: elements of the weights of linear layers, the only ones that formats convert.
+        linears: the same weights by their shapes, sorted; empty where only their number is known.
         experts: its routed experts, None in a dense block.
+        leaves: its innermost modules with weights, in the order in which they are registered; what it is taken apart into where a budget
+            does not hold it whole. Weights of modules around them stay outside. Empty where it is not taken apart.
     """
 
     name: str
@@ -105,6 +125,8 @@ class Block:
     keep_format: bool = False
     linear_count: int = 0
     experts: Experts | None = None
+    leaves: tuple[Block, ...] = ()
+    linears: tuple[Linear, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,8 +246,11 @@ class Limits:
         reserve: bytes of the device budget kept for activations and caches; None lets the plan estimate them.
         allow_disk: weights may stay on disk.
         quality: "lossless" changes no weight; "minimal" permits FP8 and INT8 of weights alone, and tiles of a VAE; "any" permits all
-            formats. What is lossless wins where it is not more than 3 % slower.
+            formats. What is lossless wins where it is not more than 3 % slower. None, where nobody said, is "lossless" for what is loaded
+            and "minimal" for a forecast, which changes nothing.
         excluded: (format, tier) pairs that may not be used.
+        trial: whether other plans are run during the first passes, and the fastest is kept: None does so where another one is predicted to
+            take no more than a quarter longer, True always, False never. No part of the decision.
 
     Raises:
         BadSize: a size cannot be read.
@@ -236,8 +261,9 @@ class Limits:
     host_memory: int | str | None = None
     reserve: int | str | None = None
     allow_disk: bool = True
-    quality: str = "minimal"
+    quality: str | None = None
     excluded: frozenset[tuple[str, str]] = frozenset()
+    trial: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("device_memory", "host_memory", "reserve"):
@@ -247,7 +273,9 @@ class Limits:
                 object.__setattr__(self, name, Bytes(0 if none_reserved else parse_bytes(value, name)))
         if not isinstance(self.allow_disk, bool):
             raise BadLimits(f"allow_disk={self.allow_disk!r}: give True or False")
-        if self.quality not in QUALITIES:
+        if self.trial is not None and not isinstance(self.trial, bool):
+            raise BadLimits(f"trial={self.trial!r}: give True, False, or None for a trial where plans are close")
+        if self.quality is not None and self.quality not in QUALITIES:
             raise BadLimits(f"quality={self.quality!r}: not one of {', '.join(QUALITIES)}")
         if self.device_bytes is not None and self.reserve_bytes is not None and self.reserve_bytes >= self.device_bytes:
             raise BadLimits(

@@ -107,7 +107,7 @@ class PhasePlan:
         components: its components, in order.
         fixed_bytes: slabs of all weights outside blocks.
         fixed_home: where these are when the phase does not run; DEVICE where they never leave.
-        slot_count: staging slots; block i of the streamed ones always uses slot i modulo this.
+        slot_count: staging slots, which the streamed blocks take in turn.
         slot_bytes: size of a slot, the largest streamed slab.
         activation_bytes: kept free for activations and caches.
         placements: one per block, in order of execution.
@@ -260,6 +260,7 @@ class Plan:
         # What varies from run to run without changing the decision stays out: free bytes, words, and predictions.
         for transient in _TRANSIENT:
             del document[transient]
+        document["limits"].pop("trial")  # what is tried later is no part of the decision
         document["device"] = self.device.partition(":")[0]
         for phase in document["phases"]:
             del phase["estimate"]

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,32 @@ def save_calibration(machine: Machine, folder: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise OverflowmlError(f"calibration: {target} cannot be written ({error}); set OVERFLOWML_CACHE to a folder that can") from None
     return target
+
+
+def correct_calibration(machine: Machine, correct: Callable[[Rates], Rates], folder: str | os.PathLike[str]) -> Path | None:
+    """Put what running models taught into the calibration of the device that computes. What was never calibrated stays so: a few rates
+    that are measured among others that are not would be taken for a calibration.
+
+    Args:
+        machine: as detected.
+        correct: gives the rates as they are now known, from those that are kept.
+        folder: the cache folder.
+
+    Returns:
+        The file, None where nothing was kept or nothing changed.
+
+    Raises:
+        OverflowmlError: the folder cannot be written.
+    """
+    if machine.named or _path(machine, folder) is None:
+        return None
+    kept = apply_calibration(machine, folder)
+    name = kept.compute.torch_name
+    before = _rates_by_device(kept).get(name)
+    if before is None or not before.measured:
+        return None
+    after = correct(before)
+    return None if after == before else save_calibration(_with_rates(kept, {name: after}), folder)
 
 
 def with_op_seconds(machine: Machine, op_seconds: Mapping[str, float], torch_name: str = "") -> Machine:

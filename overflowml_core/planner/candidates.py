@@ -21,6 +21,9 @@ from overflowml_core.planner.timed import Problem, choose_timed
 
 QUALITY_ORDER = ("lossless", "minimal", "any")
 
+MISSING = "missing formats"
+"""The ability to plan with formats into which nothing converts weights on this machine, as forecasts do."""
+
 
 @dataclass(slots=True)
 class Candidate:
@@ -98,6 +101,13 @@ class Candidate:
         return total
 
 
+def requirements(recipe: Recipe) -> frozenset[str]:
+    """Abilities that converting weights takes."""
+    if recipe.format is None:
+        return frozenset()
+    return frozenset({"formats", MISSING}) if recipe.format.missing else frozenset({"formats"})
+
+
 def whole_residency(need: PhaseNeed) -> Residency:
     """Everything stays."""
     return Residency((True,) * len(need.blocks), 0, 0)
@@ -151,7 +161,7 @@ def plain_candidates(setting: Setting, recipe: Recipe, variants: bool) -> list[C
             found.append(_phased(setting, recipe, needs))
         found.append(_stream(setting, recipe, needs))
     found.append(_sequential(setting, recipe, needs))
-    formats = frozenset({"formats"} if recipe.format is not None else ())
+    formats = requirements(recipe)
     for candidate in found:
         candidate.requires |= formats | ({"variants"} if candidate.variants else frozenset())
     return [c for c in found if c.estimate is not None or c.reason]
@@ -231,15 +241,19 @@ def _room(setting: Setting, need: PhaseNeed) -> int:
 
 
 def _chosen(setting: Setting, need: PhaseNeed, takes_turns: bool) -> Residency | None:
-    """The residents of a phase: by time where it is known what the phase computes and how fast, else the most bytes. Rates that are
-    assumed are good enough to tell a user what to expect, and not to leave memory unused."""
     key = key_of(need)
     if key not in setting.known_choices:
-        setting.known_choices[key] = _choice(setting, need, takes_turns)
+        setting.known_choices[key] = chosen_residency(setting, need, takes_turns)
     return setting.known_choices[key]
 
 
-def _choice(setting: Setting, need: PhaseNeed, takes_turns: bool) -> Residency | None:
+def chosen_residency(setting: Setting, need: PhaseNeed, takes_turns: bool) -> Residency | None:
+    """The residents of a phase: by time where it is known what the phase computes and how fast, else the most bytes. Rates that are
+    assumed are good enough to tell a user what to expect, and not to leave memory unused.
+
+    Returns:
+        None where not even one slot for the largest block fits.
+    """
     rounds = setting.rounds(need)
     tier = Tier.DISK if setting.in_ram else Tier.PINNED
     most = choose(need.sizes_bytes, need.owners, _room(setting, need))
