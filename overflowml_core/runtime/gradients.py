@@ -11,12 +11,19 @@ from torch import nn
 
 from overflowml_core.errors import Unsupported
 
+_WHY = "gradients are not supported while overflowml manages the model (its weights change place under autograd)"
+_GIVE_BACK = "or give the model back with overflowml.release(model)"
 
-def without_gradient(module: nn.Module) -> Callable[[], None]:
-    """Let a module's forward run under ``torch.no_grad``, as most callers intend and some forget.
+
+def without_gradient(module: nn.Module, prepare: Callable[[], None]) -> Callable[[], None]:
+    """Let a module's forward run under ``torch.no_grad``, as most callers intend and some forget, behind a preparation.
 
     Done on the instance's ``forward``, not by a pair of hooks: a hook that follows does not run on an interrupt, and would leave
-    gradients off for the whole thread.
+    gradients off for the whole thread. And PEFT's models call ``forward`` itself, past all hooks.
+
+    Args:
+        module: whose forward.
+        prepare: called before each run.
 
     Returns:
         A function that takes it back.
@@ -27,6 +34,8 @@ def without_gradient(module: nn.Module) -> Callable[[], None]:
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        refuse_training(module)
+        prepare()
         with torch.no_grad():
             return original(*args, **kwargs)
 
@@ -43,6 +52,19 @@ def without_gradient(module: nn.Module) -> Callable[[], None]:
     return undo
 
 
+def refuse_training(module: nn.Module) -> None:
+    """Look at what a module is called for. In evaluation mode it runs, with or without ``torch.no_grad`` around it.
+
+    Raises:
+        Unsupported: it is in training mode, and gradients are on: whoever calls it would miss them only in ``backward()``.
+    """
+    if module.training and torch.is_grad_enabled():
+        raise Unsupported(
+            f"{type(module).__name__}: called in training mode, and {_WHY}; for inference call model.eval(), "
+            f"or wrap the call in torch.no_grad(); for training {_GIVE_BACK[3:]}"
+        )
+
+
 def refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Look at what a module is called with.
 
@@ -52,8 +74,4 @@ def refuse_gradients(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     if torch.is_grad_enabled():
         for value in (*args, *kwargs.values()):
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise Unsupported(
-                    f"{type(module).__name__}: gradients are not supported while overflowml manages the model "
-                    "(its weights change place under autograd); wrap the call in torch.no_grad(), "
-                    "or give the model back with overflowml.release(model)"
-                )
+                raise Unsupported(f"{type(module).__name__}: {_WHY}; wrap the call in torch.no_grad(), {_GIVE_BACK}")

@@ -3,7 +3,8 @@ error, and put back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -47,6 +48,40 @@ def guard(target: object, methods: Iterable[str], what: str) -> Callable[[], Non
     return unguard
 
 
+def guard_state(module: nn.Module, what: str, holds: Callable[[nn.Module, str], bool]) -> Callable[[], None]:
+    """Let ``load_state_dict`` of a module raise :class:`Managed` where it would write into weights of the plan; what was added since, such
+    as an adapter, is loaded as ever.
+
+    Args:
+        module: the model, or a component of a pipeline.
+        what: "model" or "pipeline", for the message.
+        holds: whether a parameter, given by its module and attribute, is the plan's.
+
+    Returns:
+        A function that takes the guard off again.
+    """
+    namespace = vars(module)
+    before = (("load_state_dict" in namespace), namespace.get("load_state_dict"))
+
+    def load_state_dict(state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        inner = dict(module.named_modules())
+        places = ((inner.get(path), attribute) for path, _, attribute in (name.rpartition(".") for name in state_dict))
+        if any(owner is not None and holds(owner, attribute) for owner, attribute in places):
+            # What is streamed from a file is read from there: values written into it would be lost without a word.
+            raise Managed(what, f"{what}.load_state_dict(...)")
+        return type(module).load_state_dict(module, state_dict, *args, **kwargs)
+
+    namespace["load_state_dict"] = load_state_dict
+
+    def unguard() -> None:
+        if before[0]:
+            namespace["load_state_dict"] = before[1]
+        else:
+            namespace.pop("load_state_dict", None)
+
+    return unguard
+
+
 def guard_parts(module: nn.Module, name: str) -> Callable[[], None]:
     """Let every move or cast of a part of a module (``model.model.half()``), and every copy or pickle of it, raise :class:`Managed`.
 
@@ -62,7 +97,9 @@ def guard_parts(module: nn.Module, name: str) -> Callable[[], None]:
         namespace = vars(part)
         if "_apply" not in namespace:
             # What to, half, cuda and the like all come down to.
-            namespace["_apply"] = _refuse_all(f"a move or cast of {name}.{path}" if path else f"a move or cast of {name}")
+            namespace["_apply"] = _refuse_moves(
+                weakref.ref(part), f"a move or cast of {name}.{path}" if path else f"a move or cast of {name}"
+            )
             guarded.append(namespace)
     # Asked by copy.deepcopy and by pickle, of the instance.
     vars(module)["__reduce_ex__"] = _refuse_all(f"a copy or pickle of {name}")
@@ -73,6 +110,27 @@ def guard_parts(module: nn.Module, name: str) -> Callable[[], None]:
         vars(module).pop("__reduce_ex__", None)
 
     return unguard
+
+
+def is_guarded(module: nn.Module) -> bool:
+    """Whether a module is a part of a managed one, or holds such a part."""
+    return any("_apply" in vars(part) for part in module.modules())
+
+
+def _refuse_moves(reference: weakref.ref[nn.Module], call: str) -> Callable[..., nn.Module]:
+    """Refuses whatever would change where the part's tensors are or what they are; whoever only makes sure, as PEFT does, may go on."""
+
+    def apply(change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        part = reference()
+        if part is None:
+            raise Managed("model", call)
+        for dtype, device in {(t.dtype, t.device) for t in (*part.parameters(), *part.buffers()) if not t.is_meta}:
+            changed = change(torch.empty(0, dtype=dtype, device=device))
+            if (changed.dtype, changed.device) != (dtype, device):
+                raise Managed("model", call)
+        return part
+
+    return apply
 
 
 def _refuse_all(call: str) -> Callable[..., NoReturn]:

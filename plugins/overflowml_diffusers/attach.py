@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from overflowml_core.errors import Managed
-from overflowml_core.runtime.guards import MODULE_MOVES, guard
+from overflowml_core.runtime.guards import MODULE_MOVES, guard, guard_state
 
 PIPELINE_MOVES = (
     "to",
@@ -19,8 +19,7 @@ PIPELINE_MOVES = (
     "remove_all_hooks",
     "reset_device_map",
 )
-MODEL_MOVES = (*MODULE_MOVES, "enable_group_offload", "enable_layerwise_casting", "load_state_dict")
-"""``load_state_dict``: what is streamed is read from where it came from, so values written into it would be lost without a word."""
+MODEL_MOVES = (*MODULE_MOVES, "enable_group_offload", "enable_layerwise_casting")
 
 
 class Placement:
@@ -57,6 +56,7 @@ def after_attach(target: Any, attachment: Any) -> None:
     _turn_variants_on(target, attachment)
     if not isinstance(target, DiffusionPipeline):
         attachment.on_detach(guard(target, MODEL_MOVES, "model"))
+        attachment.on_detach(guard_state(target, "model", attachment.holds))
         return
     from overflowml_diffusers.describe import ordered_modules
 
@@ -64,6 +64,7 @@ def after_attach(target: Any, attachment: Any) -> None:
     for name, module in ordered_modules(target).items():
         attachment.on_detach(_place(module, Placement(device, partial(attachment.enter, name))))
         attachment.on_detach(_guard_component(module, device, partial(attachment.recast, name)))
+        attachment.on_detach(guard_state(module, "pipeline", attachment.holds))
     attachment.on_detach(guard(target, PIPELINE_MOVES, "pipeline"))
 
 

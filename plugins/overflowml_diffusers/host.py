@@ -1,22 +1,26 @@
-"""The three places of diffusers that are replaced while the host is installed.
+"""The places of diffusers that are replaced while the host is installed.
 
 ``DiffusionPipeline.from_pretrained`` covers every pipeline class and the auto pipelines; ``ModelMixin.from_pretrained`` single models; in
-``ModelMixin._load_pretrained_model`` the finished model and its files are known and nothing is read yet.
+``ModelMixin._load_pretrained_model`` the finished model and its files are known and nothing is read yet. ``from_single_file`` of both reads
+its file and fills its models by functions of the modules around it. Group offloading by its own function knows no method that could be
+guarded on an instance.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from overflowml_core import session
-from overflowml_core.errors import BadCheckpoint, BadLimits, NotAModel, UnsafeCheckpoint
+from overflowml_core.errors import BadCheckpoint, BadLimits, Managed, NotAModel, UnsafeCheckpoint
 from overflowml_core.facts import Limits
 from overflowml_core.loading import Loading, current, loading
 from overflowml_core.patching import Patch, after_import, patch_all
+from overflowml_core.quantizers import refuse_quantizer
 
 _patches: list[Patch] = []
 _stop_waiting: list[Callable[[], None]] = []
@@ -26,6 +30,10 @@ def install() -> None:
     """Patch the host where it is imported, else wait for its import."""
     _stop_waiting.append(after_import("diffusers.pipelines.pipeline_utils", _patch_pipelines))
     _stop_waiting.append(after_import("diffusers.models.modeling_utils", _patch_models))
+    _stop_waiting.append(after_import("diffusers.loaders.single_file_utils", _patch_file_reading))
+    _stop_waiting.append(after_import("diffusers.loaders.single_file_model", _patch_single_file_models))
+    _stop_waiting.append(after_import("diffusers.loaders.single_file", _patch_single_file_pipelines))
+    _stop_waiting.append(after_import("diffusers.hooks.group_offloading", _patch_group_offloading))
 
 
 def uninstall() -> None:
@@ -45,7 +53,48 @@ def _patch_models(module: ModuleType) -> None:
     _patches.extend(patch_all([(model, "from_pretrained", _maker(check_model_source)), (model, "_load_pretrained_model", _make_load)]))
 
 
-def _maker(check: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any], Any]:
+def _patch_file_reading(module: ModuleType) -> None:
+    _patches.extend(patch_all([(module, "load_state_dict", _make_read)]))
+
+
+def _patch_single_file_models(module: ModuleType) -> None:
+    owner = module.FromOriginalModelMixin
+    places = [(owner, "from_single_file", _maker(_check_single_file, _mapping_files)), (module, "load_model_dict_into_meta", _make_fill)]
+    _patches.extend(patch_all([*places, (module, "dispatch_model", _make_dispatch)]))
+
+
+def _patch_single_file_pipelines(module: ModuleType) -> None:
+    _patches.extend(patch_all([(module.FromSingleFileMixin, "from_single_file", _maker(_check_single_file, _mapping_files))]))
+
+
+def _patch_group_offloading(module: ModuleType) -> None:
+    # Not the public function: others have imported that by name.
+    _patches.extend(patch_all([(module, "_apply_group_offloading", _make_offload)]))
+
+
+def _make_offload(function: Any) -> Any:
+    @functools.wraps(function)
+    def apply_group_offloading(module: Any, *args: Any, **kwargs: Any) -> Any:
+        from overflowml_core.runtime.guards import is_guarded
+
+        # Some of its moves go past the module's methods: by streams, and to disk.
+        if is_guarded(module):
+            raise Managed("model", f"apply_group_offloading({type(module).__name__}, ...)")
+        return function(module, *args, **kwargs)
+
+    return apply_group_offloading
+
+
+def _shows_progress() -> bool:
+    """Whether the user left the host's own progress bars on."""
+    from diffusers.utils.logging import is_progress_bar_enabled
+
+    return bool(is_progress_bar_enabled())
+
+
+def _maker(
+    check: Callable[[Any, dict[str, Any]], None], within: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Callable[[Any], Any]:
     def make(original: Any) -> Any:
         function = original.__func__
 
@@ -59,9 +108,9 @@ def _maker(check: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any], Any]
                     f"overflow={overflow!r} and device_map={kwargs['device_map']!r}: give one of them; overflowml places the weights itself"
                 )
             limits = Limits.of(overflow)
-            check(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
-            request = Loading(limits)
-            with loading(request):
+            check(args[0] if args else next((kwargs[name] for name in _SOURCES if name in kwargs), None), kwargs)
+            request = Loading(limits, shows_progress=_shows_progress())
+            with loading(request), within():
                 loaded = function(cls, *args, **kwargs)
             session.manage(loaded[0] if isinstance(loaded, tuple) else loaded, limits, load=request)
             return loaded
@@ -69,6 +118,10 @@ def _maker(check: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any], Any]
         return classmethod(from_pretrained)
 
     return make
+
+
+_SOURCES = ("pretrained_model_name_or_path", "pretrained_model_link_or_path", "pretrained_model_link_or_path_or_dict")
+"""What the hosts' functions call the first argument."""
 
 
 def check_model_source(source: Any, kwargs: dict[str, Any]) -> None:
@@ -139,6 +192,8 @@ def _make_load(original: Any) -> Any:
     @functools.wraps(function)
     def load(cls: type, model: Any, state_dict: Any, resolved_model_file: Any, *args: Any, **kwargs: Any) -> Any:
         request = current()
+        if request is not None:
+            refuse_quantizer(kwargs.get("hf_quantizer"), cls.__name__)
         if request is None or kwargs.get("hf_quantizer") is not None or kwargs.get("low_cpu_mem_usage") is False:
             return function(cls, model, state_dict, resolved_model_file, *args, **kwargs)
         pickles = [name for name in resolved_model_file if not str(name).endswith(".safetensors")]
@@ -152,3 +207,57 @@ def _make_load(original: Any) -> Any:
         return function(cls, model, left, resolved_model_file, *args, **kwargs)
 
     return classmethod(load)
+
+
+# ---- from_single_file
+
+
+def _check_single_file(source: Any, kwargs: dict[str, Any]) -> None:
+    from overflowml_diffusers.single_file import check_single_file
+
+    check_single_file(source, kwargs)
+
+
+def _mapping_files() -> AbstractContextManager[None]:
+    from overflowml_diffusers.single_file import mapping_files
+
+    return mapping_files()
+
+
+def _make_read(function: Any) -> Any:
+    @functools.wraps(function)
+    def load_state_dict(checkpoint_file: Any, *args: Any, **kwargs: Any) -> Any:
+        if current() is None or isinstance(checkpoint_file, dict):
+            return function(checkpoint_file, *args, **kwargs)
+        from overflowml_diffusers.single_file import read_mapped
+
+        return read_mapped(Path(checkpoint_file))
+
+    return load_state_dict
+
+
+def _make_fill(function: Any) -> Any:
+    @functools.wraps(function)
+    def load_model_dict_into_meta(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        request = current()
+        if request is None:
+            return function(model, state_dict, *args, **kwargs)
+        from overflowml_diffusers.single_file import leave_unread
+
+        refuse_quantizer(kwargs.get("hf_quantizer"), type(model).__name__)
+        keep = kwargs.get("keep_in_fp32_modules") or []
+        left = leave_unread(model, state_dict, kwargs.get("dtype"), kwargs.get("hf_quantizer"), keep, request)
+        return function(model, left, *args, **kwargs)
+
+    return load_model_dict_into_meta
+
+
+def _make_dispatch(function: Any) -> Any:
+    @functools.wraps(function)
+    def dispatch_model(model: Any, *args: Any, **kwargs: Any) -> Any:
+        # Weights without data cannot be moved; the plan places the model.
+        if current() is not None and any(parameter.is_meta for parameter in model.parameters()):
+            return model
+        return function(model, *args, **kwargs)
+
+    return dispatch_model

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from overflowml_core.facts import Tier
-from overflowml_core.runtime.guards import MODULE_MOVES, guard
-
-_MOVES = (*MODULE_MOVES, "load_state_dict")
-"""What is streamed is read from where it came from: values written into it would be lost without a word."""
+from overflowml_core.runtime.guards import MODULE_MOVES, guard, guard_state
 
 _ON = {Tier.PINNED: "cpu", Tier.RAM: "cpu", Tier.DISK: "disk"}
 
@@ -30,4 +28,22 @@ def after_attach(model: Any, attachment: Any) -> None:
             vars(model)["hf_device_map"] = before
 
     attachment.on_detach(undo)
-    attachment.on_detach(guard(model, _MOVES, "model"))
+    attachment.on_detach(_adapters_in_ram(model))
+    attachment.on_detach(guard(model, MODULE_MOVES, "model"))
+    attachment.on_detach(guard_state(model, "model", attachment.holds))
+
+
+def _adapters_in_ram(model: Any) -> Callable[[], object]:
+    """Have ``load_adapter`` see one place for everything: it would leave adapters of blocks on disk without data."""
+    namespace = vars(model)
+
+    def load_adapter(*args: Any, **kwargs: Any) -> Any:
+        device_map = namespace["hf_device_map"]
+        namespace["hf_device_map"] = {"": "cpu"}
+        try:
+            return type(model).load_adapter(model, *args, **kwargs)
+        finally:
+            namespace["hf_device_map"] = device_map
+
+    namespace["load_adapter"] = load_adapter
+    return lambda: namespace.pop("load_adapter", None)

@@ -17,7 +17,8 @@ from overflowml_core.errors import NotAModel, OverflowmlError
 from overflowml_core.facts import Component, Limits, Network, Workload, network_fingerprint
 from overflowml_core.inspect import find_weights, open_checkpoint
 from overflowml_core.loading import Loading, loading
-from overflowml_core.runtime.structure import describe_module
+from overflowml_core.quantizers import refuse_quantizer
+from overflowml_core.runtime.component import describe_module
 
 
 def describe_model(model: Any, workload: Workload, name: str = "model", phase: str | None = None) -> Network:
@@ -28,7 +29,12 @@ def describe_model(model: Any, workload: Workload, name: str = "model", phase: s
 
 
 def component_of(model: Any, workload: Workload, name: str, phase: str | None = None) -> Component:
-    """A transformers model as one component, with an analytic estimate of its activations."""
+    """A transformers model as one component, with an analytic estimate of its activations.
+
+    Raises:
+        Unsupported: it is quantized in a way that cannot be streamed.
+    """
+    refuse_quantizer(getattr(model, "hf_quantizer", None), type(model).__name__)
     return describe_module(model, name, phase, estimate_activation_bytes(model, workload), "analytic")
 
 

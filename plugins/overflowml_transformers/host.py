@@ -18,6 +18,7 @@ from overflowml_core.errors import BadLimits, UnsafeCheckpoint
 from overflowml_core.facts import Limits
 from overflowml_core.loading import Loading, current, loading
 from overflowml_core.patching import Patch, after_import, patch_all
+from overflowml_core.quantizers import refuse_quantizer
 
 DEVICE_MAP = "overflowml"
 _patches: list[Patch] = []
@@ -66,7 +67,7 @@ def _make_from_pretrained(original: Any) -> Any:
         if limits is None or current() is not None:
             return function(cls, *args, **kwargs)
         check_source(args[0] if args else kwargs.get("pretrained_model_name_or_path"), kwargs)
-        request = Loading(limits)
+        request = Loading(limits, shows_progress=_shows_progress())
         with loading(request):
             loaded = function(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -74,6 +75,13 @@ def _make_from_pretrained(original: Any) -> Any:
         return loaded
 
     return classmethod(from_pretrained)
+
+
+def _shows_progress() -> bool:
+    """Whether the user left the host's own progress bars on."""
+    from transformers.utils.logging import is_progress_bar_enabled
+
+    return bool(is_progress_bar_enabled())
 
 
 def take_request(kwargs: dict[str, Any]) -> Limits | None:
@@ -136,6 +144,8 @@ def _make_load(original: Any) -> Any:
     @functools.wraps(function)
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         request = current()
+        if request is not None:
+            refuse_quantizer(load_config.hf_quantizer, type(model).__name__)
         if request is None or state_dict is not None or not checkpoint_files or load_config.hf_quantizer is not None:
             return function(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
         pickles = [name for name in checkpoint_files if not str(name).endswith(".safetensors")]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 import overflowml
+from overflowml_core import session
+from overflowml_core.planner.needs import phase_needs
 from overflowml_core.runtime.engine import Engine
 
 
@@ -45,6 +47,14 @@ def smallest(source: Path | str | object, **options: Any) -> overflowml.Limits:
     except overflowml.DoesNotFit as refusal:
         return overflowml.Limits.exactly(device_memory=refusal.near_misses[0].needed_bytes, reserve=0)
     raise AssertionError("a model fits in one byte")
+
+
+def whole_blocks(source: Path | str | object, room_bytes: int = 0, **options: Any) -> overflowml.Limits:
+    """The smallest budget that no block is taken apart for, and so much more; nothing is kept for activations."""
+    network = session.plugins().describe(source, overflowml.Workload(), options)  # without a profile, which costs seconds
+    assert network is not None
+    needs = phase_needs(network, overflowml.Limits.exactly(device_memory=1, reserve=0))
+    return overflowml.Limits.exactly(device_memory=max(need.smallest_bytes for need in needs) + room_bytes, reserve=0)
 
 
 def assert_same_weights(ours: torch.nn.Module, theirs: torch.nn.Module, managed: bool = False) -> None:

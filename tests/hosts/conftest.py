@@ -77,6 +77,18 @@ def quiet() -> Iterator[None]:
     diffusers.utils.logging.enable_progress_bar()
 
 
+@pytest.fixture
+def unprofiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No profiles, which cost seconds, for tests to which times mean nothing; plans are made by bytes then."""
+    monkeypatch.setattr("overflowml_core.description._measured", lambda *args: None)
+
+
+@pytest.fixture
+def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Profiles of images as small as those that tests make; tracing the tiles of a large one takes seconds."""
+    monkeypatch.setattr("overflowml_core.description.Workload", lambda: overflowml.Workload(height=64, width=64))
+
+
 _shared: list[ProfileCache] = []
 
 

@@ -15,7 +15,7 @@ import transformers as tf
 
 import overflowml
 from overflowml_core.inspect.safetensors import read_header
-from overflowml_core.runtime.source import FileReader
+from overflowml_core.runtime.reader import FileReader
 from tests.hosts import models, pipelines
 from tests.hosts.check import smallest
 

@@ -13,6 +13,9 @@ from typing import Any
 import diffusers as df
 import pytest
 import transformers as tf
+from diffusers.loaders import single_file as df_single_file
+from diffusers.loaders import single_file_model as df_single_file_model
+from diffusers.loaders import single_file_utils as df_single_file_utils
 from diffusers.models import modeling_utils as df_models
 from diffusers.pipelines import pipeline_utils as df_pipelines
 from transformers import modeling_utils as tf_models
@@ -42,6 +45,11 @@ def _places() -> dict[str, Any]:
         "DiffusionPipeline.from_pretrained": vars(df_pipelines.DiffusionPipeline)["from_pretrained"],
         "ModelMixin.from_pretrained": vars(df_models.ModelMixin)["from_pretrained"],
         "ModelMixin._load_pretrained_model": vars(df_models.ModelMixin)["_load_pretrained_model"],
+        "single_file_utils.load_state_dict": df_single_file_utils.load_state_dict,
+        "FromOriginalModelMixin.from_single_file": vars(df_single_file_model.FromOriginalModelMixin)["from_single_file"],
+        "single_file_model.load_model_dict_into_meta": df_single_file_model.load_model_dict_into_meta,
+        "single_file_model.dispatch_model": df_single_file_model.dispatch_model,
+        "FromSingleFileMixin.from_single_file": vars(df_single_file.FromSingleFileMixin)["from_single_file"],
     }
 
 
@@ -182,10 +190,14 @@ def places():
     import transformers, transformers.pipelines, transformers.modeling_utils, diffusers
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from diffusers.models.modeling_utils import ModelMixin
+    from diffusers.loaders import single_file, single_file_model, single_file_utils
     base = transformers.modeling_utils.PreTrainedModel
     return [vars(base)["from_pretrained"], vars(base)["_load_pretrained_model"],
             transformers.pipeline, transformers.pipelines.pipeline, vars(transformers.pipelines.Pipeline)["__init__"],
-            vars(DiffusionPipeline)["from_pretrained"], vars(ModelMixin)["from_pretrained"], vars(ModelMixin)["_load_pretrained_model"]]
+            vars(DiffusionPipeline)["from_pretrained"], vars(ModelMixin)["from_pretrained"], vars(ModelMixin)["_load_pretrained_model"],
+            single_file_utils.load_state_dict, vars(single_file_model.FromOriginalModelMixin)["from_single_file"],
+            single_file_model.load_model_dict_into_meta, single_file_model.dispatch_model,
+            vars(single_file.FromSingleFileMixin)["from_single_file"]]
 """
 
 

@@ -31,7 +31,7 @@ def managed(saved: Callable[..., Path]):
         lambda m: m.model.layers[0].to(torch.float64),
         lambda m: m.model.layers[0].mlp.down_proj.to("meta"),
         lambda m: m.lm_head.double(),
-        lambda m: torch.nn.Module.float(m),
+        lambda m: torch.nn.Module.bfloat16(m),
     ],
 )
 def test_a_part_is_not_moved(managed, move):
@@ -39,6 +39,13 @@ def test_a_part_is_not_moved(managed, move):
     with pytest.raises(Managed, match=r"a move or cast of model.*overflowml\.release"):
         move(managed)
     assert {name: (tensor.dtype, tensor.device) for name, tensor in managed.state_dict().items()} == before
+
+
+def test_a_move_to_where_the_part_is_already_changes_nothing(managed):
+    """Hosts make sure of a place before they use it; PEFT does so of the model that it wraps."""
+    before = dict(managed.named_parameters())
+    assert managed.model.float().to("cpu") is managed.model
+    assert all(parameter is before[name] for name, parameter in managed.named_parameters())
 
 
 @pytest.mark.parametrize("make", [copy.deepcopy, pickle.dumps])

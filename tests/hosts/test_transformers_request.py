@@ -17,7 +17,7 @@ from overflowml_core import environment
 from overflowml_core.errors import BadLimits, BadSize, Managed, OverflowmlError
 from overflowml_core.facts import Bytes
 from tests.hosts import models
-from tests.hosts.check import assert_same, smallest
+from tests.hosts.check import assert_same, smallest, whole_blocks
 
 Saved = Callable[..., Path]
 _EXACT = {"device_memory": Bytes(80_000), "reserve": 0}
@@ -169,7 +169,7 @@ def test_moving_a_managed_model_is_refused(move: Callable[[Any], Any], saved: Sa
 
 
 def test_device_map_of_a_managed_model_tells_where_everything_is(saved: Saved) -> None:
-    model = tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=smallest(saved("llama")))
+    model = tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=whole_blocks(saved("llama")))
     assert next(iter(model.hf_device_map.items())) == ("", "cpu")
     assert [k for k, v in model.hf_device_map.items() if v == "disk"] == [f"model.layers.{i}" for i in range(4)]
     assert model.device == torch.device("cpu")

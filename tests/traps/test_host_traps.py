@@ -24,7 +24,7 @@ from overflowml_core import session
 from overflowml_core.errors import BadLimits, DoesNotFit, Managed, OverflowmlError, UnsafeCheckpoint
 from overflowml_core.traps import CATALOG
 from tests.hosts import models, pipelines
-from tests.hosts.check import assert_same, assert_same_weights, copy_folder, smallest, tensors_in
+from tests.hosts.check import assert_same, assert_same_weights, copy_folder, smallest, tensors_in, whole_blocks
 from tests.hosts.conftest import hosts, import_path, quiet, saved, saved_pipeline  # noqa: F401 -- fixtures, two of them for every test
 
 Saved = Callable[..., Path]
@@ -48,7 +48,7 @@ def pipe(folder: Path):
 @pytest.fixture
 def llama(saved: Saved):  # noqa: F811
     folder = saved("llama")
-    model = tf.AutoModelForCausalLM.from_pretrained(folder, overflow=smallest(folder))
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, overflow=whole_blocks(folder))
     yield model
     session.release(model)
 
@@ -98,9 +98,14 @@ def test_group_offload_of_a_vae(pipe, folder):
 def test_group_offload_applied_past_the_pipeline(pipe, folder):
     from diffusers.hooks import apply_group_offloading
 
-    with pytest.raises(Managed, match="a move or cast of vae"):
-        apply_group_offloading(pipe.vae, onload_device=_CPU, offload_type="leaf_level")
-    assert not any(p.is_meta for p in pipe.vae.parameters())
+    for part in (pipe.vae, pipe.unet.mid_block):
+        with pytest.raises(Managed, match=rf"apply_group_offloading\({type(part).__name__}"):
+            apply_group_offloading(part, onload_device=_CPU, offload_type="leaf_level")
+        assert not any(hasattr(inner, "_diffusers_hook") for inner in part.modules())
+    _still_right(pipe, folder)
+    plain = df.AutoencoderKL.from_pretrained(folder / "vae")
+    apply_group_offloading(plain, onload_device=_CPU, offload_type="leaf_level")
+    assert any(hasattr(inner, "_diffusers_hook") for inner in plain.modules())
 
 
 @pytest.mark.parametrize("where", ["cuda", "cpu"])
