@@ -7,6 +7,7 @@
 
 PYTHON ?= python3
 SYSTEM_PACKAGES ?= 0
+TEST_PROCESSES ?= 2
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
@@ -18,7 +19,7 @@ demo: $(STAMP)
 	$(PY) -m overflowml demo
 
 test: $(STAMP)
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

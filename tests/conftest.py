@@ -15,6 +15,10 @@ from hypothesis import settings
 # This is its own switch against that; it is read when MKL first computes.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
+# Several processes of tests share the cores; torch would start as many threads in each of them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Machines are shared: no test fails because it was slow once.
 settings.register_profile("overflowml", deadline=None)
 settings.load_profile("overflowml")
@@ -46,7 +50,7 @@ def _cache_of_all_tests() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _own_environment(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _cache_of_all_tests: str) -> None:
     """No test sees the user's variables, and none writes into the user's cache folder."""
-    for name in ("DISABLE", "DISABLE_PLUGINS", "DEVICE_MEMORY", "HOST_MEMORY", "RESERVE"):
+    for name in ("DISABLE", "DISABLE_PLUGINS", "DEVICE_MEMORY", "HOST_MEMORY", "RESERVE", "CACHE_SIZE"):
         monkeypatch.delenv(f"OVERFLOWML_{name}", raising=False)
     monkeypatch.setenv("OVERFLOWML_CACHE", _cache_of_all_tests)
     if "vdevice" not in request.node.path.parts and "runtime" not in request.node.path.parts:

@@ -41,13 +41,14 @@ class Request:
         typer.Option(help=f"Part of the budget kept for activations, {_SIZE}, or 0; estimated by default.", rich_help_panel=_LIMITS),
     ] = None
     quality: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="lossless|minimal|any",
-            help="The most that may be done to the result: nothing; FP8 or INT8 weights and VAE tiles; any format.",
+            help="The most that may be done to the result: nothing; FP8 or INT8 weights and VAE tiles; any format. "
+            "Nothing by default for a model that can be loaded, minimal for a size.",
             rich_help_panel=_LIMITS,
         ),
-    ] = "minimal"
+    ] = None
     no_quantize: Annotated[bool, typer.Option("--no-quantize", help="Convert no weights.", rich_help_panel=_LIMITS)] = False
     no_disk: Annotated[bool, typer.Option("--no-disk", help="Let no weight wait on disk.", rich_help_panel=_LIMITS)] = False
     gpu: Annotated[

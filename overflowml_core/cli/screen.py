@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from textwrap import wrap
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -28,6 +28,45 @@ class Column:
 def printable(text: str) -> str:
     """The text without characters that would move a terminal's cursor or cannot be written; names come from files of strangers."""
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def wrapped(text: str, width: int, indent: str = "", hanging: str = "") -> list[str]:
+    """The text in lines, as ``textwrap`` makes them, but by the columns that characters take: many of East Asia take two.
+
+    Args:
+        text: to be cut at spaces; words that fill more than a line are cut anywhere.
+        width: columns of a line.
+        indent: before each line.
+        hanging: behind it, before each line but the first.
+    """
+    lines: list[str] = []
+    line, room = "", width - cell_len(indent)
+
+    def end() -> None:
+        nonlocal line, room
+        if line.rstrip():
+            lines.append(f"{indent}{hanging if lines else ''}{line.rstrip()}")
+            room = width - cell_len(indent + hanging)
+        line = ""
+
+    for word in re.findall(" +|[^ ]+", text):
+        while cell_len(line + word) > room:
+            fits = _fitting(word, room - cell_len(line)) if cell_len(word) > room else 0
+            if not fits and not line:
+                fits = 1  # a character that is wider than a line
+            line, word = line + word[:fits], word[fits:].lstrip()
+            end()
+        line += word
+    end()
+    return lines
+
+
+def _fitting(word: str, room: int) -> int:
+    """How many of its characters fit into so many columns."""
+    count = 0
+    while count < len(word) and cell_len(word[: count + 1]) <= room:
+        count += 1
+    return count
 
 
 class Screen:
@@ -60,7 +99,7 @@ class Screen:
 
     def paragraph(self, text: str, indent: str = "", hanging: str = "", style: str = "") -> None:
         """Print a text in lines of at most ``width``, the first one behind ``indent`` and the others behind ``hanging`` more."""
-        for line in wrap(printable(text), self.width, initial_indent=indent, subsequent_indent=indent + hanging, break_on_hyphens=False):
+        for line in wrapped(printable(text), self.width, indent, hanging):
             self._console.print(Text(line, style=style))
 
     def table(self, columns: Sequence[Column], rows: Sequence[Sequence[str]], marks: Sequence[str] = (), indent: str = "") -> None:
