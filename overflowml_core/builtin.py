@@ -34,7 +34,7 @@ def overflowml_describe(source: object, workload: Workload) -> Network | None:
     """Any torch module, by its structure alone; nothing is known of its activations."""
     if not _is_module(source):
         return None
-    from overflowml_core.runtime.structure import describe_module
+    from overflowml_core.runtime.component import describe_module
 
     component = describe_module(source, "model")  # type: ignore[arg-type]
     name = type(source).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from overflowml_core import environment
@@ -12,19 +13,25 @@ from overflowml_core.errors import NotAModel, OverflowmlError
 from overflowml_core.facts import Limits, Machine, Network, Workload
 from overflowml_core.loading import Loading, loading
 from overflowml_core.plan import Plan
-from overflowml_core.planning import abilities_of, calibrate, detect, is_forecast, make_plan, timeline, with_outlook
+from overflowml_core.planning import abilities_of, calibrate, codecs_of, detect, is_forecast, make_plan, timeline, with_outlook
+from overflowml_core.progress import loading_bar
 from overflowml_core.registry import hosts, install, plugins, uninstall
 from overflowml_core.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import nn
 
+    from overflowml_core.measured import MeasuredPass
     from overflowml_core.protocols import Attachment
+    from overflowml_core.runtime.engine import Engine
 
 __all__ = [
     "abilities_of",
     "attachment",
     "calibrate",
+    "codecs_of",
     "describe",
     "describe_moe",
     "detect",
@@ -83,6 +90,8 @@ def manage(
     with loading(None):
         network = describe(target, workload)
     machine = detect()
+    # Whoever hands over a plan wants that one, unless it says otherwise.
+    trial = (plan.limits.trial or False) if plan is not None else limits.trial
     plan = plan or make_plan(network, limits, workload, machine)
     made = _attach(plan, network, machine, modules, load)
     marked = [target, *(m for m in modules.values() if m is not target)]
@@ -95,6 +104,8 @@ def manage(
         made.detach()
         raise
     made.on_detach(lambda: _forget(marked))
+    if trial is not False and plan.managed:
+        _begin_trial(made, machine, workload is not None)
     return cast("Attachment", made)
 
 
@@ -128,13 +139,44 @@ def _attach(plan: Plan, network: Network, machine: Machine, modules: dict[str, n
     device = open_device(machine.compute)
     if not plan.managed:
         return Direct(plan, network, device).attach(modules, load)
-    progress = _progress(load)
-    return Engine(plan, network, device, environment.cache_folder() / "packed").attach(modules, load, progress)
+    folder = environment.cache_folder() / "packed"
+    with loading_bar(load is None or load.shows_progress) as shown:
+        progress = _progress(load, shown)
+        return Engine(plan, network, device, folder, codecs_of(plan, machine)).attach(modules, load, progress)
 
 
-def _progress(load: Loading | None) -> Callable[[int, int], None]:
-    tell = plugins().progress
-    return lambda done, total: tell(load, done, total)
+def _begin_trial(engine: Engine, machine: Machine, knows_work: bool) -> None:
+    """Run other plans in the first passes, always or where they are close, and keep what was learned.
+
+    Args:
+        engine: attached.
+        machine: for which its plan was made.
+        knows_work: the workload was told, so that profiled passes may be held against those that run.
+    """
+    from overflowml_core.inspect.calibration import correct_calibration
+    from overflowml_core.planner.trial import Contest, corrected, is_close
+    from overflowml_core.runtime.trial import Trial
+
+    plan, network, formats = engine.plan, engine.network, plugins().formats(machine)
+    if plan.limits.trial is None and not is_close(plan, network, machine, formats):
+        return
+    known = network if knows_work else replace(network, components=())
+
+    def keep(lessons: Sequence[MeasuredPass]) -> None:
+        try:
+            correct_calibration(machine, lambda rates: corrected(rates, known, lessons), environment.cache_folder())
+        except OverflowmlError as error:
+            _log.warning("what a trial of plans taught is not kept: %s", error)
+
+    Trial(engine, Contest(plan, network, machine, formats), keep).begin()
+
+
+def _progress(load: Loading | None, shown: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        shown(done, total)
+        plugins().progress(load, done, total)
+
+    return progress
 
 
 def _modules(target: object) -> dict[str, nn.Module]:

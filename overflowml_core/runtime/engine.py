@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from overflowml_core.codec import Codec
 from overflowml_core.errors import PlanMismatch, Unsupported
 from overflowml_core.facts import Network, Tier
 from overflowml_core.loading import Loading
 from overflowml_core.plan import Estimate, PhasePlan, Placement, Plan
+from overflowml_core.runtime.changes import Changes
 from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.edits import Edits
+from overflowml_core.runtime.encode import EncodedWeight, encoded, show_originals
 from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
-from overflowml_core.runtime.gradients import refuse_gradients, without_gradient
+from overflowml_core.runtime.gradients import without_gradient
 from overflowml_core.runtime.guards import guard_parts
-from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk
+from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk, original
+from overflowml_core.runtime.hooking import hook_phase, unhook_blocks
+from overflowml_core.runtime.leaves import taken_apart
+from overflowml_core.runtime.parts import parts_of, refit
 from overflowml_core.runtime.phase import Phase, buffers_of
+from overflowml_core.runtime.reader import FileReader
+from overflowml_core.runtime.rearrange import BlockKey, Held, Mover, as_held, check_movable, check_same, set_up, take_down
 from overflowml_core.runtime.recast import Cast, cast_phase, check_room
-from overflowml_core.runtime.slab import Slab, lay_out
-from overflowml_core.runtime.source import FileReader, stored_as_is
+from overflowml_core.runtime.slab import Entry, lay_out
+from overflowml_core.runtime.source import stored_as_is
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.runtime.streamer import Streamer
 from overflowml_core.runtime.structure import Structure, Unit, dissect
@@ -36,36 +46,32 @@ Progress = Callable[[int, int], None]
 """Called with bytes brought in so far, and in all."""
 
 
-@dataclass(slots=True)
-class _Held:
-    """A slab with its home and, where it never leaves the device, its arena; what detaching needs to know."""
-
-    slab: Slab
-    home: Home
-    arena: torch.Tensor | None
-    devices: tuple[torch.device, ...]
-
-
 class Engine:
     """Runs modules by a plan until it is detached. See :class:`overflowml_core.protocols.Attachment`."""
 
-    def __init__(self, plan: Plan, network: Network, device: Device, store_folder: Path) -> None:
+    def __init__(self, plan: Plan, network: Network, device: Device, store_folder: Path, codecs: Mapping[str, Codec] | None = None) -> None:
         self.plan = plan
         self.network = network
         self.device = device
         self._store_folder = store_folder
+        self._codecs = codecs or {}
         self._reader = FileReader()
         self._maps = FileMaps()
         self._store: PackedStore | None = None
         largest_slot = max((phase.slot_bytes for phase in plan.phases), default=0)
         self._feeder = Feeder(device, self._reader, min(largest_slot or LARGEST_WINDOW_BYTES, LARGEST_WINDOW_BYTES * 4))
-        self._held: list[_Held] = []
+        self._held: list[Held] = []
+        self._blocks: dict[BlockKey, Held] = {}
         self._phases: list[Phase] = []
         self._hooks: list[Any] = []
         self._undo: list[Callable[[], None]] = []
         self._active: Phase | None = None
         self._switch = threading.RLock()
+        edits = Edits(self._reader, self._maps, self._packed_store)
+        self._changes = Changes(edits, plan.budget.device_bytes, self._deactivate, self._shrink, self._switch)
         self._detached = False
+        self.measured_pass_s: float | None = None
+        """Seconds of a pass of the phase that takes longest, where a trial measured it."""
 
     def attach(self, modules: Mapping[str, nn.Module], loading: Loading | None, progress: Progress | None = None) -> Engine:
         """Bring all weights to where the plan has them and hook the modules.
@@ -83,6 +89,7 @@ class Engine:
             with torch.inference_mode(False), torch.no_grad():
                 self.device.reset_peak()
                 self._build(modules, loading, progress)
+                self._changes.begin(modules.values(), self._held, self._phases)
                 if self._phases:
                     self._activate(self._phases[0])
         except BaseException:
@@ -95,8 +102,16 @@ class Engine:
         self._undo.append(undo)
 
     def _build(self, modules: Mapping[str, nn.Module], loading: Loading | None, progress: Progress | None) -> None:
-        structures = {name: dissect(module) for name, module in modules.items()}
-        total = sum(unit.slab_bytes for s in structures.values() for unit in s.units)
+        formats: dict[str, dict[str, str]] = {name: {} for name in modules}
+        for place in self.plan.placements():
+            formats.setdefault(place.component, {})[place.block] = place.format
+        structures = {
+            name: encoded(taken_apart(dissect(module), formats[name]), formats[name], self._codecs, loading)
+            for name, module in modules.items()
+        }
+        self._hooks += show_originals(structures, self._original)
+        placed = [place for phase_plan in self.plan.phases for place in _match(phase_plan, structures)]
+        total = sum(unit.slab_bytes for unit, _, home_tier in placed if _comes_in(unit, home_tier, loading))
         done = 0
         for phase_plan in self.plan.phases:
             placements = _match(phase_plan, structures)
@@ -108,15 +123,24 @@ class Engine:
                     streamed.append(held.home)
                 elif held.arena is None:
                     residents.append(held.home)
-                done += held.slab.nbytes
+                done += held.slab.nbytes * _comes_in(unit, home_tier, loading)
                 if progress is not None:
                     progress(done, total)
-            streamer = Streamer(self.device, self._feeder, streamed, phase_plan.slot_count, phase_plan.slot_bytes)
+            own_blocks = self._held[len(self._held) - len(phase_plan.placements) :]
+            self._blocks.update(zip(((p.component, p.block) for p in phase_plan.placements), own_blocks, strict=True))
+            streamer = self._streamer(phase_plan, streamed)
             phase = Phase(self.device, self._feeder, phase_plan, streamer, residents, [modules[name] for name in phase_plan.components])
             self._phases.append(phase)
-            self._hook_phase(phase, {name: modules[name] for name in phase_plan.components}, structures)
+            own = {name: modules[name] for name in phase_plan.components}
+            self._hooks += hook_phase(phase, own, structures, self._activate, takes_turns=len(self.plan.phases) > 1)
+            for name, module in own.items():
+                self._undo += [without_gradient(module, partial(self._prepare, phase)), guard_parts(module, name)]
 
-    def _settle(self, unit: Unit, home: Tier, loading: Loading | None) -> _Held:
+    def _streamer(self, phase: PhasePlan, homes: Sequence[Home]) -> Streamer:
+        spare_bytes = max(self.plan.budget.device_bytes - phase.device_bytes, 0)
+        return Streamer(self.device, self._feeder, homes, phase.slot_count, phase.slot_bytes, spare_bytes)
+
+    def _settle(self, unit: Unit, home: Tier, loading: Loading | None) -> Held:
         slab = lay_out(unit, loading)
         devices = tuple(weight.parameter.device for weight in unit.weights)
         arena: torch.Tensor | None = None
@@ -132,14 +156,16 @@ class Engine:
             settled = home_in_ram(slab, self.device, home is Tier.PINNED, self._reader)
         if home is not Tier.DEVICE:
             slab.install(settled.parameters)
-        held = _Held(slab, settled, arena, devices)
+        held = Held(slab, settled, arena, devices)
         self._held.append(held)
         return held
 
+    def _original(self, entry: Entry) -> torch.Tensor:
+        return original(entry, self._reader, self._maps)
+
     def _packed_store(self) -> PackedStore:
         if self._store is None:
-            self._store = PackedStore(self._store_folder)
-            self._store.open_in(self._reader)
+            self._store = PackedStore(self._store_folder, self._reader)
         return self._store
 
     # ---- phases
@@ -147,8 +173,24 @@ class Engine:
     def enter(self, component: str) -> None:
         """Have a component's phase on the device, for calls that do not go through a module's own call."""
         for phase in self._phases:
-            if component in phase.plan.components and self._active is not phase:
-                self._activate(phase)
+            if component in phase.plan.components:
+                self._prepare(phase)
+
+    def holds(self, module: nn.Module, attribute: str) -> bool:
+        """Whether a parameter, given by its module and attribute, is one that the plan places."""
+        return self._changes.holds(module, attribute)
+
+    def editing(self, module: nn.Module) -> AbstractContextManager[None]:
+        """A context in which the weights of a module may be changed in place. They are at home while it is open, and streamed as they are
+        then from then on.
+
+        Args:
+            module: a component or a part of one. Weights whose home is on disk are held in RAM meanwhile: take one block at a time.
+
+        Raises:
+            Unsupported: on entering, where the component was cast while it is managed.
+        """
+        return self._changes.editing(module)
 
     def recast(self, component: str, dtype: torch.dtype) -> None:
         """Have a component that runs alone in its phase compute in another dtype from now on. Its first cast is kept for the next time.
@@ -161,6 +203,7 @@ class Engine:
         if phase is None:
             raise Unsupported(f"{component}: a cast to {dtype} while it shares the device with other components; load it in {dtype}")
         with self._switch, torch.inference_mode(False), torch.no_grad():
+            self._changes.look(phase)
             present = Cast(tuple(phase.residents), phase.streamer.homes)
             cast = phase.casts.get(dtype) or cast_phase(present, dtype, self.device, self._packed_store)
             check_room(cast, phase.plan, self.plan.budget.device_bytes, dtype)
@@ -171,10 +214,69 @@ class Engine:
             phase.streamer = Streamer(self.device, self._feeder, cast.streamed, phase.plan.slot_count, cast.slot_bytes)
             for home in (*cast.residents, *cast.streamed):
                 home.slab.install(home.parameters)
+            phase.guests.cast(dtype)
+            self._changes.renew()
             for owner, buffer in buffers_of(phase.modules):
                 if buffer.is_floating_point() and buffer.dtype is not dtype:
                     self._undo.append(partial(owner.module._buffers.__setitem__, owner.attribute, buffer))
                     owner.module._buffers[owner.attribute] = buffer.to(dtype)
+
+    def rearrange(self, plan: Plan) -> None:
+        """Go on under another plan of the same network, with the same formats and budget. No call of a managed module may be under way.
+
+        Raises:
+            PlanMismatch: the plan differs by more than where blocks are, and how many slots there are.
+            Unsupported: a component was cast or has guests, or the engine is detached.
+            torch.OutOfMemoryError, MemoryError, ReadFault, OverflowmlError: it could not be carried out; the engine goes on as before.
+        """
+        with self._switch, torch.inference_mode(False), torch.no_grad():
+            check_same(self.plan, plan)
+            for phase in self._phases:
+                self._changes.look(phase)
+            check_movable(self._phases)
+            active, former = self._active, self.plan
+            try:
+                self._go_under(plan)
+                if active is not None:
+                    self._activate(active)
+            except BaseException:
+                try:
+                    self._go_under(former)
+                except Exception as error:  # noqa: BLE001 -- the first one is raised; all blocks are whole, though not all where they were
+                    _log.warning("not all weights could go back to where they were (%s); the model goes on as it is", error)
+                if active is not None:
+                    self._activate(active)
+                raise
+
+    def _go_under(self, plan: Plan) -> None:
+        """Have all blocks where a plan has them; phases that change leave the device, the others are left alone."""
+        mover = Mover(self.device, self._feeder, self._maps, self._packed_store)
+        try:
+            for phase, wanted in zip(self._phases, plan.phases, strict=True):
+                if (wanted.placements, wanted.slot_count) == (phase.plan.placements, phase.plan.slot_count):
+                    phase.plan = wanted
+                    continue
+                if self._active is phase:
+                    self._deactivate()
+                take_down(phase, self._streamer(phase.plan, []))
+                self._changes.renew()  # which refers to homes, too
+                try:
+                    mover.move(self._blocks, wanted, plan.budget.device_bytes)
+                finally:
+                    actual = as_held(wanted, self._blocks, len(plan.phases) > 1, plan.budget.device_bytes)
+                    set_up(phase, actual, self._blocks, self._streamer, self._activate)
+        finally:
+            phases = tuple(phase.plan for phase in self._phases)
+            self.plan = plan if phases == plan.phases else replace(plan, phases=phases, fingerprint="")
+            self._changes.renew()
+
+    def _shrink(self, phase: Phase, wanted: PhasePlan) -> None:
+        self._go_under(replace(self.plan, phases=tuple(wanted if p is phase else p.plan for p in self._phases)))
+
+    def _prepare(self, phase: Phase) -> None:
+        self._changes.look(phase)
+        if not phase.is_present:
+            self._activate(phase)
 
     def _activate(self, phase: Phase) -> None:
         """Make a phase the one on the device. Whatever fails, no phase is half there."""
@@ -182,6 +284,7 @@ class Engine:
             if self._active is phase:
                 return
             self._deactivate()
+            self._changes.look(phase)
             phase.enter()
             self._active = phase
 
@@ -190,48 +293,12 @@ class Engine:
         if phase is not None:
             phase.leave()
 
-    # ---- hooks
-
-    def _hook_phase(self, phase: Phase, modules: Mapping[str, nn.Module], structures: Mapping[str, Structure]) -> None:
-        taking_turns = len(self.plan.phases) > 1
-
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._active is not phase:
-                self._activate(phase)
-            phase.streamer.begin_pass()
-            refuse_gradients(module, args, kwargs)
-
-        def ensure(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self._active is not phase:
-                self._activate(phase)
-
-        for k, home in enumerate(phase.streamer.homes):
-            if home.slab.unit.module is not None:
-                self._hook_block(phase, k, home.slab.unit.module)
-        for name, module in modules.items():
-            self._hooks.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
-            self._undo.append(without_gradient(module))
-            self._undo.append(guard_parts(module, name))
-            if taking_turns:
-                # Pipelines also call parts of a component by themselves (vae.decode, text_model.final_layer_norm).
-                for part in _direct_owners(structures[name]):
-                    if part is not module:
-                        self._hooks.append(part.register_forward_pre_hook(ensure, prepend=True))
-
-    def _hook_block(self, phase: Phase, k: int, module: nn.Module) -> None:
-        # Through the phase, which has another streamer after a cast.
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._active is not phase:
-                self._activate(phase)
-            refuse_gradients(module, args, kwargs)
-            phase.streamer.wait(k)
-
-        def after(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            phase.streamer.release(k)
-
-        self._hooks.append(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True))
-        self._hooks.append(module.register_forward_hook(after, always_call=True))
+    def watched(self, component: str) -> tuple[Phase, nn.Module, dict[str, nn.Module]]:
+        """A component's phase, its module, and its blocks by name, for whoever watches them run."""
+        phase = next(phase for phase in self._phases if component in phase.plan.components)
+        units = {block: held.slab.unit for (name, block), held in self._blocks.items() if name == component}
+        blocks = {block: unit.module for block, unit in units.items() if unit.module is not None}
+        return phase, phase.modules[phase.plan.components.index(component)], blocks
 
     # ---- report and end
 
@@ -250,6 +317,7 @@ class Engine:
             ram_bytes=self.device.pageable.peak_bytes,
             disk_bytes=on_disk,
             streamed_bytes=sum(s.streamed_bytes // max(s.pass_count, 1) for s in streamers),
+            pass_s=self.measured_pass_s,
             stall_s=sum(s.stall_s for s in streamers) / max(passes, 1),
         )
 
@@ -262,7 +330,11 @@ class Engine:
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
+            self._changes.end()
+            for phase in self._phases:
+                unhook_blocks(phase)
             self._deactivate()
+            self._blocks.clear()
             while self._held:
                 self._restore(self._held.pop())
             while self._undo:
@@ -274,13 +346,18 @@ class Engine:
                 self._store.close()
             self.device.trim()
 
-    def _restore(self, held: _Held) -> None:
+    def _restore(self, held: Held) -> None:
         parameters = []
-        for entry, parameter, device in zip(held.slab.entries, held.home.parameters, held.devices, strict=True):
+        for (weight, entries), parameter, device in zip(held.slab.by_weight(), held.home.parameters, held.devices, strict=True):
+            if isinstance(weight, EncodedWeight):
+                parameter = weight.given_back(self._original)
             # Only what is mapped from the model's own file may stay as it is; pinned memory and the packed store go away.
-            if held.home.host is not None or not stored_as_is(held.slab):
-                values = entry.view(held.arena) if held.arena is not None else parameter.data
-                parameter.data = values.detach().to("cpu" if device.type == "meta" else device, copy=True)
+            elif held.home.host is not None or not stored_as_is(held.slab):
+                of_arena = None if held.arena is None else {entry.path: entry.view(held.arena) for entry in entries}
+                values = of_arena or {part.path: part.tensor for part in parts_of(parameter)}
+                parameter = parameter if weight.parameter.is_meta else weight.parameter
+                back = torch.device("cpu") if device.type == "meta" else device
+                refit(parameter, {path: tensor.detach().to(back, copy=True) for path, tensor in values.items()})
             parameters.append(parameter)
         held.slab.install(tuple(parameters))
 
@@ -305,17 +382,12 @@ def _match(phase: PhasePlan, structures: Mapping[str, Structure]) -> list[tuple[
     return matched
 
 
+def _comes_in(unit: Unit, home: Tier, loading: Loading | None) -> bool:
+    """Whether attaching reads or packs a unit; one that is streamed from the model's own file stays where it is."""
+    return home is not Tier.DISK or not stored_as_is(lay_out(unit, loading))
+
+
 def _mismatch(placement: Placement, unit: Unit | None) -> str:
     found = "no such block" if unit is None else f"a block of {unit.slab_bytes} bytes"
     wanted = f"{placement.component}.{placement.block}: the plan has {placement.stored_bytes} bytes"
     return f"{wanted}, the model {found}; make a plan for this model"
-
-
-def _direct_owners(structure: Structure) -> Iterable[nn.Module]:
-    """Modules that are called and must find their phase on the device: owners of fixed weights and buffers, and all blocks."""
-    owners: dict[int, nn.Module] = {}
-    for weight in structure.fixed.weights:
-        owners.update((id(owner.module), owner.module) for owner in weight.owners)
-    owners.update((id(module), module) for _, module, _ in structure.buffers)
-    owners.update((id(unit.module), unit.module) for unit in structure.blocks if unit.module is not None)
-    return owners.values()

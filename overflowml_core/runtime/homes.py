@@ -17,9 +17,15 @@ from torch import nn
 from overflowml_core.errors import ReadFault
 from overflowml_core.facts import Tier
 from overflowml_core.loading import Origin
+from overflowml_core.runtime.chunks import Piece
 from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.kept_file import Seal
+from overflowml_core.runtime.parts import Path as PartPath
+from overflowml_core.runtime.parts import is_plain, parameter_over, refit
+from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.slab import Entry, Slab
-from overflowml_core.runtime.source import FileReader, Piece, fill, is_stored_as_is, pieces_of, stored_as_is
+from overflowml_core.runtime.slab_content import content_of
+from overflowml_core.runtime.source import fill, is_stored_as_is, pieces_of, stored_as_is, values_of
 from overflowml_core.runtime.store import PackedStore
 
 
@@ -30,9 +36,10 @@ class Home:
     Attributes:
         slab: what lives here.
         tier: PINNED or RAM (``host`` holds the slab), DISK (``pieces`` say where it is read), DEVICE (nowhere else).
-        parameters: one per entry, installed while the slab is not on the device.
+        parameters: one per weight, installed while the slab is not on the device.
         host: the slab in RAM.
         pieces: the slab in files.
+        seal: holds what is read against its checksum the first time; None where there is none.
     """
 
     slab: Slab
@@ -40,6 +47,7 @@ class Home:
     parameters: tuple[nn.Parameter, ...]
     host: torch.Tensor | None = None
     pieces: tuple[Piece, ...] = ()
+    seal: Seal | None = None
 
 
 class FileMaps:
@@ -77,43 +85,70 @@ class FileMaps:
         return self._maps[origin.path]
 
 
+def original(entry: Entry, reader: FileReader, maps: FileMaps) -> torch.Tensor:
+    """A weight as it is in its file, or as the model has it, in the dtype in which it is used: mapped where that is all there is to do.
+
+    Raises:
+        ReadFault: the file is gone or shorter than it was.
+    """
+    return maps.view(entry) if is_stored_as_is(entry) else values_of(entry, reader)
+
+
 def home_in_ram(slab: Slab, device: Device, pin: bool, reader: FileReader) -> Home:
     """Bring a slab into RAM, page-locked if asked for; the unit's own tensors are let go one by one."""
-    host = device.host_buffer(slab.nbytes, pin)
-    fill(slab.entries, host, reader)
-    parameters = tuple(rehome(entry, entry.view(host)) for entry in slab.entries)
+    host = device.filled_buffer(slab.nbytes, pin, lambda buffer: fill(slab.entries, buffer, reader))
+    parameters = rehome(slab, lambda entry: entry.view(host))
     return Home(slab, Tier.PINNED if pin else Tier.RAM, parameters, host=host)
 
 
-def home_on_disk(slab: Slab, reader: FileReader, maps: FileMaps, open_store: Callable[[], PackedStore]) -> Home:
-    """Leave a slab in the model's own file where it can be used from there, else pack it into the store, which is opened then."""
+def home_on_disk(slab: Slab, reader: FileReader, maps: FileMaps, open_store: Callable[[], PackedStore], recipe: str | None = None) -> Home:
+    """Leave a slab in the model's own file where it can be used from there, else have the store hold it.
+
+    Args:
+        slab: what it is, and where its weights come from.
+        reader: reads files of the model and of the store.
+        maps: the model's files in memory.
+        open_store: opens the store, which is not asked for before it is needed.
+        recipe: what ``fill`` does to the weights on the way; see :func:`content_of`.
+
+    Raises:
+        ReadFault: a file is gone or shorter than it was.
+        OverflowmlError: the store cannot be written.
+    """
     if stored_as_is(slab):
         pieces = tuple(pieces_of(slab))
         reader.hold(pieces)
-        parameters = tuple(rehome(entry, maps.view(entry)) for entry in slab.entries)
+        parameters = rehome(slab, maps.view)
         return Home(slab, Tier.DISK, parameters, pieces=pieces)
-    store = open_store()
-    packed = torch.empty(slab.nbytes, dtype=torch.uint8)
-    fill(slab.entries, packed, reader)
-    piece = store.append(packed)
     if not slab.nbytes:
-        return Home(slab, Tier.DISK, tuple(rehome(entry, entry.view(packed)) for entry in slab.entries))
-    mapped = store.mapped(piece)
-    parameters = tuple(rehome(entry, entry.view(mapped)) for entry in slab.entries)
-    return Home(slab, Tier.DISK, parameters, pieces=(piece,))
+        return Home(slab, Tier.DISK, rehome(slab, lambda entry: entry.view(torch.empty(0, dtype=torch.uint8))))
+    packed = open_store().slab(slab.nbytes, lambda buffer: fill(slab.entries, buffer, reader), content_of(slab, reader, recipe))
+    parameters = rehome(slab, lambda entry: entry.view(packed.view))
+    return Home(slab, Tier.DISK, parameters, pieces=(packed.piece,), seal=packed.seal)
 
 
 def home_on_device(slab: Slab, arena: torch.Tensor, maps: FileMaps) -> Home:
     """A slab that stays on the device. What can be seen in a file is seen there, so that nothing of it is held twice."""
-    parameters = tuple(rehome(entry, maps.view(entry) if is_stored_as_is(entry) else entry.view(arena)) for entry in slab.entries)
+    parameters = rehome(slab, lambda entry: maps.view(entry) if is_stored_as_is(entry) else entry.view(arena))
     return Home(slab, Tier.DEVICE, parameters)
 
 
-def rehome(entry: Entry, data: torch.Tensor) -> nn.Parameter:
-    """The parameter that stands for a weight outside the device: the model's own with other data, or a new one where it had none."""
-    parameter = entry.weight.parameter
+def rehome(slab: Slab, view: Callable[[Entry], torch.Tensor]) -> tuple[nn.Parameter, ...]:
+    """The parameters that stand for a slab's weights outside the device.
+
+    Args:
+        slab: what they are.
+        view: gives the memory of each entry there.
+    """
+    return tuple(_stand_in(weight.parameter, tensors) for weight, tensors in slab.tensors(view))
+
+
+def _stand_in(parameter: nn.Parameter, tensors: dict[PartPath, torch.Tensor]) -> nn.Parameter:
+    """The model's own parameter over other memory; a new one where it had none, or where it cannot say that it is on another device."""
     if parameter.is_meta:
-        with torch.inference_mode(False):
-            return nn.Parameter(data, requires_grad=parameter.requires_grad)
-    parameter.data = data
-    return parameter
+        return parameter_over(parameter, tensors)
+    elsewhere = any(tensor.device != parameter.device for tensor in tensors.values())
+    stand_in = parameter_over(parameter, tensors) if elsewhere and not is_plain(parameter) else parameter
+    # Even where another one stands in: this one shall let go of what it held.
+    refit(parameter, tensors)
+    return stand_in

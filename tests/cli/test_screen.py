@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
+from textwrap import wrap
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from overflowml_core.cli.screen import Column, Screen, printable
+from overflowml_core.cli.screen import Column, Screen, printable, wrapped
 
 COLUMNS = (Column("#", figures=True), Column("Name", style="bold"), Column("Size", figures=True))
 ROWS = (("1", "first", "10.0 GiB"), ("2", "a longer name", "9 B"))
@@ -51,11 +52,25 @@ def test_a_table_that_is_too_wide_becomes_a_list():
 
 
 @given(width=st.integers(20, 120), cells=st.lists(st.text(max_size=60), min_size=3, max_size=3), mark=st.text(max_size=30))
+@example(width=35, cells=["0000000000000000000000⺀", "", ""], mark="0000000000")
 def test_no_line_of_a_table_is_wider_than_the_terminal(width, cells, mark):
     screen, stream = screen_of(width, no_color=True)
     screen.table(COLUMNS, (cells,), [mark])
     for line in stream.getvalue().replace("\x1b[1m", "").replace("\x1b[0m", "").replace("\x1b[2m", "").splitlines():
         assert cell_len(line) <= max(width, 20)
+
+
+@given(st.text("ab -", max_size=60).map(str.lstrip), st.integers(4, 30), st.sampled_from(["", "  "]), st.sampled_from(["", " "]))
+def test_narrow_characters_are_wrapped_as_textwrap_does(text, width, indent, hanging):
+    lines = wrap(text, width, initial_indent=indent, subsequent_indent=indent + hanging, break_on_hyphens=False)
+    assert wrapped(text, width, indent, hanging) == [line.rstrip() for line in lines]
+
+
+@given(st.text("a⺀画\u0301 ", max_size=60), st.integers(20, 40))
+def test_wide_characters_are_wrapped_by_columns_and_none_is_lost(text, width):
+    lines = wrapped(text, width, "  ", "  ")
+    assert all(cell_len(line) <= width for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
 def test_colours_on_a_terminal_and_none_with_no_color(monkeypatch):

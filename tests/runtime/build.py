@@ -19,9 +19,9 @@ from overflowml_core.inspect.safetensors import read_header
 from overflowml_core.loading import Loading, Origin
 from overflowml_core.plan import Plan
 from overflowml_core.planner import make_plan, smallest_budget_bytes
+from overflowml_core.runtime.component import describe_module
 from overflowml_core.runtime.device import Device, HostDevice, StreamDevice
 from overflowml_core.runtime.engine import Engine
-from overflowml_core.runtime.structure import describe_module
 
 PLENTY = 2**40
 TIMEOUT_S = 60
