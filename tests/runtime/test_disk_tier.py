@@ -13,7 +13,7 @@ from overflowml_core.errors import FileChanged
 from overflowml_core.runtime.chunks import LEAST_DIRECT_BYTES
 from tests.runtime.build import job, on_meta, rows, same, save, slots_budget, stack, twice
 from tests.runtime.conftest import Virtual
-from tests.runtime.test_reader import DIRECT, has_direct_reads, is_direct
+from tests.runtime.test_reader_large import DIRECT, has_direct_reads, is_direct
 from tests.runtime.test_streaming import call, on_device
 
 WIDTH, HIDDEN = 256, 640
