@@ -14,6 +14,7 @@ from overflowml_core.formats import Format, PartSize
 from overflowml_core.hookspecs import hookimpl
 from overflowml_core.plugins import Plugins
 from overflowml_core.traps import Objection
+from tests.core.codecs import IdleCodec
 from tests.planner.build import GIB, llm, machine
 
 PARTS = (PartSize(8), PartSize(32, 0))
@@ -61,26 +62,13 @@ def test_objections_without_end_are_an_error(plugins):
     assert len(seen) == planning._MOST_ROUNDS
 
 
-class _Codec:
-    version = "1"
-
-    def __init__(self, format):
-        self.format = format
-
-    def encode(self, weight):
-        return weight
-
-    def template(self, rows, columns, dtype):
-        return rows, columns, dtype
-
-
 def _named(plan, strategy):
     (named,) = [r for r in plan.rejected if r.strategy == strategy]
     return named
 
 
 def test_a_forecast_takes_formats_and_a_plan_only_names_them_unasked(plugins):
-    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: _Codec(format)), "formats")
+    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: IdleCodec(format)), "formats")
     network, room = session.describe("8GB"), machine(6 * GIB)
     forecast = session.make_plan(network, Limits(), machine=room, forecast=True)
     assert (forecast.strategy, forecast.limits.quality) == ("direct fp8", "minimal")
@@ -97,7 +85,7 @@ def test_a_forecast_takes_formats_and_a_plan_only_names_them_unasked(plugins):
 @pytest.mark.parametrize(("parts", "made"), [(PARTS, False), ((), True)], ids=["no codec", "no parts"])
 def test_a_format_that_nobody_makes_is_left_out_of_a_plan_and_not_of_a_forecast(plugins, parts, made):
     form = replace(FP8, parts=parts)
-    plugins.register(_plugin(formats=lambda: [form], codec=lambda format: _Codec(format) if made else None), "formats")
+    plugins.register(_plugin(formats=lambda: [form], codec=lambda format: IdleCodec(format) if made else None), "formats")
     network, room, limits = session.describe("8GB"), machine(6 * GIB), Limits(quality="minimal")
     assert session.make_plan(network, limits, machine=room, forecast=True).strategy == "direct fp8"
     plan = session.make_plan(network, limits, machine=room)
@@ -118,7 +106,7 @@ def test_a_format_that_this_machine_misses_something_for_says_so(plugins):
 
 
 def test_a_plan_in_a_format_that_is_gone_is_refused_with_the_way_out(plugins):
-    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: _Codec(format)), "formats")
+    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: IdleCodec(format)), "formats")
     plan = session.make_plan(session.describe("8GB"), Limits(quality="minimal"), machine=machine(6 * GIB))
     plugins.manager.unregister(name="formats")
     with pytest.raises(Unsupported, match="no plugin does so on this machine; install torchao"):
@@ -126,7 +114,7 @@ def test_a_plan_in_a_format_that_is_gone_is_refused_with_the_way_out(plugins):
 
 
 def test_what_only_a_loss_would_fit_is_refused_with_how_to_permit_it(plugins):
-    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: _Codec(format)), "formats")
+    plugins.register(_plugin(formats=lambda: [FP8], codec=lambda format: IdleCodec(format)), "formats")
     block = Block("blocks.0", 2**20, 2**21, 2**21, (("BF16", 2**21),), linear_count=2**20, linears=(Linear(1024, 1024, "BF16"),))
     part = Component("model", "Model", (block,), 0, 0, (("BF16", 2**21),), "model")
     network = Network((part,), "test", "Model", network_fingerprint((part,)))

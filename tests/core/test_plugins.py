@@ -15,6 +15,7 @@ from overflowml_core.formats import Format
 from overflowml_core.hookspecs import hookimpl
 from overflowml_core.plan import Budget, Estimate, PhasePlan, Plan
 from overflowml_core.traps import Objection
+from tests.core.codecs import IdleCodec
 
 NETWORK = Network((), "nowhere", "Nothing", "0")
 MACHINE = Machine((), HostMemory(2**34, 2**33, 2**32, 2), Rates(1e9, 1e9, 1e9), 2**40)
@@ -68,22 +69,9 @@ def test_hook_formats(manager):
     assert manager.formats(MACHINE) == (INT8,)
 
 
-class _Codec:
-    version = "1"
-
-    def __init__(self, format):
-        self.format = format
-
-    def encode(self, weight):
-        return weight
-
-    def template(self, rows, columns, dtype):
-        return rows, columns, dtype
-
-
 def test_hook_codec(manager):
     assert manager.codec(INT8, MACHINE) is None
-    manager.register(plugin(codec=lambda format, machine: _Codec(format) if machine is MACHINE else None), "one")
+    manager.register(plugin(codec=lambda format, machine: IdleCodec(format) if machine is MACHINE else None), "one")
     manager.register(plugin(codec=lambda: None), "silent")
     assert manager.codec(INT8, MACHINE).format is INT8
 
