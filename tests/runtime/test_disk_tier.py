@@ -61,16 +61,12 @@ def test_blocks_are_read_past_the_page_cache_straight_into_their_slots(
     twin, loading, path = unread(module, tmp_path, metadata_bytes)
     task = job(twin, loading=loading, budget_bytes=slots_budget(module, 2, 1) + SPARE_BYTES)
     engine = task.attach(tmp_path / "store")
-    assert same(twin(rows(WIDTH)), expected)
-    direct_bytes.clear()
-    read_before = engine._reader.bytes_read
-    for _ in range(4):
+    for _ in range(5):
         assert same(twin(rows(WIDTH)), expected)
     engine._phases[0].streamer.close()
     if has_direct_reads(path):
         # All but the ends of each block, which share a page with its neighbours.
-        read = engine._reader.bytes_read - read_before
-        assert sum(direct_bytes) >= read - 4 * (len(engine.plan.phases[0].streamed) + 1) * 2 * 4096 - 3 * 2 * 4096 > 0
+        assert sum(direct_bytes) >= 0.9 * engine._reader.bytes_read > 0
     assert engine.device.arenas.peak_bytes <= task.budget_bytes
     assert engine.device.arenas.held_bytes <= engine.plan.phases[0].device_bytes
     engine.detach()
