@@ -58,11 +58,12 @@ GGML_TYPES: Mapping[int, GgmlType] = MappingProxyType(
         39: GgmlType("MXFP4", 32, 17),
         40: GgmlType("NVFP4", 64, 36),
         41: GgmlType("Q1_0", 128, 18),
+        42: GgmlType("Q2_0", 64, 18),
     }
 )
-"""By the number that stands in the file. Source: ``GGMLQuantizationType`` and ``GGML_QUANT_SIZES`` of the gguf package 0.19; a test
-compares every one. Numbers that are not here were never used in files, or are no longer (4, 5, 31 to 33, 36 to 38: repacked types of
-older ggml)."""
+"""By the number that stands in the file. Source: ``enum ggml_type`` of ggml.h and the blocks of ggml-common.h, llama.cpp build 11434, and
+``GGML_QUANT_SIZES`` of the gguf package, with which a test compares every type that it has. Numbers that are not here were never used in
+files of llama.cpp, or are no longer (4, 5, 31 to 33, 36 to 38: repacked types of older ggml); forks have types of their own."""
 
 PLAIN_TYPES = frozenset({"F64", "F32", "F16", "BF16"})
 """Types that hold a weight as one floating-point number, which other formats can be made from."""

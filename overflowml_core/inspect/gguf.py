@@ -6,6 +6,7 @@ chat template) are stepped over; only their length is kept.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -55,6 +56,8 @@ class GgufTensor:
         shape: in elements, the slowest dimension first, as torch has it (the file has it the other way round).
         offset_bytes: where its bytes start, from the start of the file.
         nbytes: how many bytes it takes.
+        by_offset: its type is unknown, and its bytes are those up to the next tensor or the end of the file: exact where it has more rows
+            than the alignment has bytes, else too many by less than the alignment.
     """
 
     name: str
@@ -62,6 +65,7 @@ class GgufTensor:
     shape: tuple[int, ...]
     offset_bytes: int
     nbytes: int
+    by_offset: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +104,12 @@ class GgufModel:
     tensors: tuple[GgufTensor, ...]
 
 
-def open_gguf(path: str | os.PathLike[str]) -> GgufModel:
+def open_gguf(path: str | os.PathLike[str], unknown_types: bool = False) -> GgufModel:
     """Read a model's header; of a split model any part may be given, and the headers of all are read and held against each other.
 
     Args:
         path: the file.
+        unknown_types: as for :func:`read_gguf_header`.
 
     Raises:
         BadCheckpoint: a file is missing, cut short or malformed, or a part belongs to another set.
@@ -112,7 +117,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufModel:
     file = Path(path)
     match = _PART.fullmatch(file.name)
     if match is None:
-        header = read_gguf_header(file)
+        header = read_gguf_header(file, unknown_types)
         if _whole(header.metadata.get("split.count")) > 1:
             count = _whole(header.metadata["split.count"])
             raise BadCheckpoint(
@@ -127,7 +132,7 @@ def open_gguf(path: str | os.PathLike[str]) -> GgufModel:
         part = file.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf")
         if not os.path.isfile(part):
             raise BadCheckpoint(part, f"missing; {file.name} is part {int(match[2])} of {count}", "download all parts into one folder")
-        headers.append(read_gguf_header(part))
+        headers.append(read_gguf_header(part, unknown_types))
     return _join(headers)
 
 
@@ -161,11 +166,13 @@ def _whole(value: Value | LongValue | None, default: int = 0) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) else default
 
 
-def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
+def read_gguf_header(path: str | os.PathLike[str], unknown_types: bool = False) -> GgufHeader:
     """Read and check the header of one GGUF file of version 2 or 3, of either byte order.
 
     Args:
         path: the file; a symbolic link is followed.
+        unknown_types: accept tensors of types that are not known, and take their bytes from where the next tensor starts; for whoever
+            counts bytes and decodes none.
 
     Raises:
         BadCheckpoint: the file is missing, unreadable, cut short, or its header is malformed; the message names what and where.
@@ -175,7 +182,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
         if not stat.S_ISREG(file.stat().st_mode):  # opening a named pipe would wait for ever
             raise GgufProblem("it is not a file", "give the path of a *.gguf file")
         with file.open("rb") as stream:
-            return _read(file, Cursor(stream, os.fstat(stream.fileno()).st_size))
+            return _read(file, Cursor(stream, os.fstat(stream.fileno()).st_size), unknown_types)
     except GgufProblem as found:
         raise BadCheckpoint(file, found.problem, found.remedy) from None
     except FileNotFoundError:
@@ -184,7 +191,7 @@ def read_gguf_header(path: str | os.PathLike[str]) -> GgufHeader:
         raise BadCheckpoint(file, f"it cannot be read ({error})", "correct the path or its permissions") from None
 
 
-def _read(file: Path, cursor: Cursor) -> GgufHeader:
+def _read(file: Path, cursor: Cursor, unknown_types: bool) -> GgufHeader:
     version = _read_version(cursor)
     tensor_count, key_count = cursor.number(8, "the number of tensors"), cursor.number(8, "the number of metadata keys")
     _check_count("tensors", tensor_count, _MOST_TENSORS, _LEAST_TENSOR_BYTES, cursor)
@@ -199,7 +206,7 @@ def _read(file: Path, cursor: Cursor) -> GgufHeader:
             raise GgufProblem(f"general.alignment is of type {kind}, the format demands {_UINT32}")
         metadata[key] = read_value(cursor, kind, key)
     alignment = _alignment(metadata)
-    infos = _read_infos(cursor, tensor_count)
+    infos = _read_infos(cursor, tensor_count, unknown_types)
     data_start = -(-cursor.position // alignment) * alignment
     tensors = _locate(infos, data_start, alignment, cursor.size_bytes)
     return GgufHeader(file, cursor.size_bytes, version, cursor.big_endian, MappingProxyType(metadata), tensors)
@@ -243,9 +250,10 @@ class _Info:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    by_offset: bool = False
 
 
-def _read_infos(cursor: Cursor, count: int) -> list[_Info]:
+def _read_infos(cursor: Cursor, count: int, unknown_types: bool) -> list[_Info]:
     infos: list[_Info] = []
     seen: set[str] = set()
     for number in range(count):
@@ -258,13 +266,13 @@ def _read_infos(cursor: Cursor, count: int) -> list[_Info]:
             raise GgufProblem(f"tensor {quote(name)} has {dimensions} dimensions; ggml has at most {_MOST_DIMENSIONS}")
         shape = tuple(cursor.number(8, f"the shape of tensor {quote(name)}") for _ in range(dimensions))
         kind, offset = cursor.number(4, f"the type of tensor {quote(name)}"), cursor.number(8, f"the offset of tensor {quote(name)}")
-        infos.append(_info(name, shape, kind, offset))
+        infos.append(_info(name, shape, kind, offset, unknown_types))
     return infos
 
 
-def _info(name: str, shape: tuple[int, ...], kind: int, offset: int) -> _Info:
+def _info(name: str, shape: tuple[int, ...], kind: int, offset: int, unknown_types: bool) -> _Info:
     found = GGML_TYPES.get(kind)
-    if found is None:
+    if found is None and not unknown_types:
         raise GgufProblem(
             f"tensor {quote(name)} is of ggml type {kind}, which is unknown", "update overflowml, or convert it to another type"
         )
@@ -273,6 +281,8 @@ def _info(name: str, shape: tuple[int, ...], kind: int, offset: int) -> _Info:
         elements, bound = elements * size, bound * max(size, 1)  # an empty dimension excuses no absurd one
         if bound > _LARGEST_ELEMENT_COUNT:
             raise GgufProblem(f"tensor {quote(name)}: shape {list(reversed(shape))} has more than 2**59 elements")
+    if found is None:
+        return _Info(name, f"type {kind}", tuple(reversed(shape)), offset, 0, by_offset=True)
     row = shape[0] if shape else 1
     if row % found.block_count:
         raise GgufProblem(
@@ -285,15 +295,22 @@ def _locate(infos: list[_Info], data_start: int, alignment: int, size_bytes: int
     """Tensors must start at multiples of the alignment, must not overlap and must end inside the file."""
     tensors: list[GgufTensor] = []
     end, before = 0, ""
-    for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
+    infos.sort(key=lambda info: (info.offset, info.nbytes))
+    ends = [*(info.offset for info in infos[1:]), size_bytes - data_start]
+    for info, next_offset in zip(infos, ends, strict=False):
         if info.offset % alignment:
             raise GgufProblem(f"tensor {quote(info.name)} starts {info.offset} bytes into the data, not at a multiple of {alignment}")
         if info.offset < end:
             raise GgufProblem(
                 f"tensor {quote(info.name)} starts {end - info.offset} bytes before the end of tensor {quote(before)}: they overlap"
             )
-        end, before = info.offset + info.nbytes, info.name
-        tensors.append(GgufTensor(info.name, info.type_name, info.shape, data_start + info.offset, info.nbytes))
+        nbytes = next_offset - info.offset if info.by_offset else info.nbytes
+        if info.by_offset and nbytes > 0:
+            nbytes -= nbytes % max(math.prod(info.shape[:-1]), 1)  # rows are of equal bytes; what is left over is padding
+        if nbytes < 0:
+            raise GgufProblem(f"cut short: tensor {quote(info.name)} starts behind the end of the file's {size_bytes} bytes")
+        end, before = info.offset + nbytes, info.name
+        tensors.append(GgufTensor(info.name, info.type_name, info.shape, data_start + info.offset, nbytes, info.by_offset))
     if tensors and data_start + end > size_bytes:
         raise GgufProblem(
             f"cut short: tensor {quote(before)} ends at byte {data_start + end}, the file has {size_bytes}; "
