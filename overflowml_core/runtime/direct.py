@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class Direct:
             maps = FileMaps()
             # One module after the other, so that RAM never holds more than one of those that are cast.
             for module in modules.values():
-                _bring_in(module, loading, reader, maps)
+                _bring_in(module, loading, partial(_brought, reader, maps, self.device.torch_device))
                 if not self.device.on_host:
                     back.callback(_return, *_places(module))
                     module.to(self.device.torch_device)
@@ -88,21 +89,22 @@ def _return(parameters: _Parameters, buffers: _Buffers) -> None:
         inner._buffers.update(originals)
 
 
-def _bring_in(module: nn.Module, loading: Loading | None, reader: FileReader, maps: FileMaps) -> None:
+def _bring_in(module: nn.Module, loading: Loading | None, bring: Callable[[Entry], torch.Tensor]) -> None:
     for unit in dissect(module).units:
         slab = lay_out(unit, loading)
-        slab.install(tuple(_whole(weight, entries, reader, maps) for weight, entries in slab.by_weight()))
+        slab.install(tuple(_whole(weight, entries, bring) for weight, entries in slab.by_weight()))
 
 
-def _whole(weight: Weight, entries: Sequence[Entry], reader: FileReader, maps: FileMaps) -> nn.Parameter:
+def _whole(weight: Weight, entries: Sequence[Entry], bring: Callable[[Entry], torch.Tensor]) -> nn.Parameter:
     if not weight.parameter.is_meta:
         return weight.parameter
-    return parameter_over(weight.parameter, {entry.path: _brought(entry, reader, maps) for entry in entries})
+    return parameter_over(weight.parameter, {entry.path: bring(entry) for entry in entries})
 
 
-def _brought(entry: Entry, reader: FileReader, maps: FileMaps) -> torch.Tensor:
+def _brought(reader: FileReader, maps: FileMaps, device: torch.device, entry: Entry) -> torch.Tensor:
     if is_stored_as_is(entry):
         return maps.view(entry)
     data = torch.empty(entry.nbytes, dtype=torch.uint8)
     fill([entry], data, reader, entry.offset_bytes)
-    return entry.view(data, entry.offset_bytes)
+    # At once: unlike what is mapped it takes RAM, which need not hold all of the model.
+    return entry.view(data, entry.offset_bytes).to(device)

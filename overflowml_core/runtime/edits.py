@@ -129,7 +129,7 @@ def _as_shown(unit: Held) -> Slab:
     """The slab of a unit with the parameters that stand for its weights at home for their only source."""
     slab = unit.slab
     changed = {id(w): replace(w, parameter=p) for w, p in zip(slab.unit.weights, unit.home.parameters, strict=True)}
-    entries = tuple(replace(entry, weight=changed[id(entry.weight)], origin=None) for entry in slab.entries)
+    entries = tuple(replace(entry, weight=changed[id(entry.weight)], origin=None, scattered=()) for entry in slab.entries)
     return Slab(replace(slab.unit, weights=tuple(changed.values())), entries, slab.nbytes)
 
 

@@ -138,12 +138,12 @@ def _original(weight: EncodedWeight, attribute: str, values: Callable[[Entry], t
     return show
 
 
-def source_of(entry: Entry) -> Origin | None:
-    """Where the values of an entry lie in a file, converted or not; None where the model itself has them."""
+def sources_of(entry: Entry) -> tuple[Origin, ...]:
+    """Where the values of an entry lie in files, converted or not, piece by piece; empty where the model itself has them."""
     if isinstance(entry.weight, EncodedWeight):
         # One that somebody edited after it was converted is no longer what its file has.
-        return entry.weight.plain.origin if entry.weight.is_due else None
-    return entry.origin
+        return entry.weight.plain.origins if entry.weight.is_due else ()
+    return entry.origins
 
 
 def recipe_of(slab: Slab) -> str:

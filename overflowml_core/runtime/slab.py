@@ -19,7 +19,8 @@ from overflowml_core.runtime.structure import Unit, Weight
 class Entry:
     """One weight in a slab, or one part of a quantized one: where it lies, how to see it, and where its bytes come from.
 
-    ``origin`` is None where the data is the parameter itself; ``path`` leads to the part in it, and is empty for a plain weight.
+    ``path`` leads to the part in the weight, and is empty for a plain one. ``origin`` is where the data lies in a file as a whole;
+    ``scattered`` are its pieces where it lies in several, of one dtype, one behind the other. Without either the data is the parameter's.
     """
 
     weight: Weight
@@ -30,6 +31,12 @@ class Entry:
     dtype: torch.dtype
     origin: Origin | None
     path: Path = ()
+    scattered: tuple[Origin, ...] = ()
+
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """Where the data lies in files, piece by piece; empty where it is the parameter itself."""
+        return self.scattered if self.origin is None else (self.origin,)
 
     def view(self, buffer: torch.Tensor, base_bytes: int = 0) -> torch.Tensor:
         """The weight, or the part of it, as a plain tensor over a byte buffer that holds the slab from its byte ``base_bytes`` on."""
@@ -92,11 +99,14 @@ def lay_out(unit: Unit, loading: Loading | None) -> Slab:
 
 
 def _entry(weight: Weight, part: Part, offset: int, loading: Loading | None) -> Entry:
-    # A file holds a weight whole; one of several parts is never deferred.
-    origin = loading.origin_of(weight.parameter) if loading is not None and not part.path else None
-    tensor = part.tensor
-    stride = tensor.stride() if origin is None and _is_dense(tensor) else _contiguous_stride(tuple(tensor.shape))
-    return Entry(weight, offset, part.nbytes, tuple(tensor.shape), tuple(stride), tensor.dtype, origin, part.path)
+    # One of several parts is never deferred.
+    known = loading if loading is not None and not part.path else None
+    origin = known.origin_of(weight.parameter) if known is not None else None
+    scattered = known.pieces_of(weight.parameter) if known is not None and origin is None else ()
+    tensor, shape = part.tensor, tuple(part.tensor.shape)
+    in_files = origin is not None or bool(scattered)
+    stride = tuple(tensor.stride()) if not in_files and _is_dense(tensor) else _contiguous_stride(shape)
+    return Entry(weight, offset, part.nbytes, shape, stride, tensor.dtype, origin, part.path, scattered)
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from overflowml_core.runtime.chunks import Piece
-from overflowml_core.runtime.encode import recipe_of, source_of
+from overflowml_core.runtime.encode import recipe_of, sources_of
 from overflowml_core.runtime.kept_file import SCHEMA, Title
 from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.slab import Slab
@@ -79,12 +79,11 @@ def content_of(slab: Slab, reader: FileReader, recipe: str | None = None) -> Con
     described: list[object] = []
     files: dict[Path, int] = {}
     for entry in slab.entries:
-        origin = source_of(entry)
-        if origin is None:
+        origins = sources_of(entry)
+        if not origins:
             return None
-        number = files.setdefault(origin.path, len(files))
-        pieces.append(Piece(origin.path, origin.offset_bytes, 0, origin.nbytes))
-        stored = [number, origin.offset_bytes, origin.nbytes, origin.dtype, list(origin.shape)]
+        pieces += [Piece(origin.path, origin.offset_bytes, 0, origin.nbytes) for origin in origins]
+        stored = [[files.setdefault(o.path, len(files)), o.offset_bytes, o.nbytes, o.dtype, list(o.shape)] for o in origins]
         packed = [entry.offset_bytes, entry.nbytes, str(entry.dtype), list(entry.shape), list(entry.stride)]
         described.append([entry.weight.name, list(entry.path), stored, packed])
     if not pieces:
@@ -137,8 +136,8 @@ def _read(reader: FileReader, path: Path, first: int, last: int) -> Iterator[mem
 
 
 def _title(slab: Slab, recipe: str) -> Title:
-    origin = source_of(slab.entries[0])
-    source = str(origin.path.parent.absolute()) if origin is not None else ""
+    origins = sources_of(slab.entries[0])
+    source = str(origins[0].path.parent.absolute()) if origins else ""
     sizes: Counter[str] = Counter()
     for entry in slab.entries:
         sizes[str(entry.dtype).removeprefix("torch.")] += entry.nbytes

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 
 from overflowml_core.errors import PlanMismatch, Unsupported
-from overflowml_core.loading import Origin
-from overflowml_core.runtime.chunks import Piece
+from overflowml_core.runtime.chunks import CHUNK_BYTES, Piece
 from overflowml_core.runtime.encode import EncodedWeight
-from overflowml_core.runtime.reader import FileReader
+from overflowml_core.runtime.reader import IN_FLIGHT, FileReader
 from overflowml_core.runtime.slab import Entry, Slab
 from overflowml_core.runtime.structure import TORCH_DTYPES
 
+_WINDOW_BYTES = IN_FLIGHT * CHUNK_BYTES
+"""Of what is read to be converted: enough to keep the disk busy."""
+
 
 def is_stored_as_is(entry: Entry) -> bool:
-    """Whether a weight lies in a file with the dtype in which it is used, so that reading is all there is to do."""
-    return entry.origin is not None and TORCH_DTYPES.get(entry.origin.dtype) is entry.dtype
+    """Whether a weight lies in a file as a whole with the dtype in which it is used, so that it can be seen there."""
+    return entry.origin is not None and is_straight(entry)
+
+
+def is_straight(entry: Entry) -> bool:
+    """Whether a weight lies in files with the dtype in which it is used, in one piece or in several: reading is all there is to do."""
+    return bool(entry.origins) and all(TORCH_DTYPES.get(origin.dtype) is entry.dtype for origin in entry.origins)
 
 
 def stored_as_is(slab: Slab) -> bool:
-    """Whether every weight of the slab lies in a file with the dtype in which it is used."""
+    """Whether every weight of the slab lies in a file as a whole with the dtype in which it is used."""
     return all(is_stored_as_is(entry) for entry in slab.entries)
 
 
 def pieces_of(slab: Slab) -> list[Piece]:
-    """What to read for a slab that is stored as it is."""
-    return [
-        Piece(entry.origin.path, entry.origin.offset_bytes, entry.offset_bytes, entry.nbytes)
-        for entry in slab.entries
-        if entry.origin is not None
-    ]
+    """What to read for a slab whose weights need no conversion."""
+    return [piece for entry in slab.entries for piece in _pieces(entry, entry.offset_bytes)]
+
+
+def _pieces(entry: Entry, offset_bytes: int) -> Iterator[Piece]:
+    """What to read so that the weight, as its files have it, starts at an offset of the buffer."""
+    for origin in entry.origins:
+        yield Piece(origin.path, origin.offset_bytes, offset_bytes, origin.nbytes)
+        offset_bytes += origin.nbytes
 
 
 def fill(entries: Sequence[Entry], buffer: torch.Tensor, reader: FileReader, base_bytes: int = 0) -> None:
@@ -51,8 +62,8 @@ def fill(entries: Sequence[Entry], buffer: torch.Tensor, reader: FileReader, bas
     straight: list[Piece] = []
     converted: list[Entry] = []
     for entry in entries:
-        if entry.origin is not None and is_stored_as_is(entry):
-            straight.append(Piece(entry.origin.path, entry.origin.offset_bytes, entry.offset_bytes - base_bytes, entry.nbytes))
+        if is_straight(entry):
+            straight += _pieces(entry, entry.offset_bytes - base_bytes)
         else:
             converted.append(entry)
     reader.read(straight, buffer)
@@ -72,7 +83,10 @@ def _bring(parts: Sequence[Entry], reader: FileReader, buffer: torch.Tensor, bas
         return
     for entry in parts:
         target = entry.view(buffer, base_bytes)
-        target.copy_(_read_other_dtype(entry.origin, reader) if entry.origin is not None else _present(entry))
+        if entry.origins:
+            _read_other_dtype(entry, reader, target)
+        else:
+            target.copy_(_present(entry))
 
 
 def _present(entry: Entry) -> torch.Tensor:
@@ -88,20 +102,42 @@ def values_of(entry: Entry, reader: FileReader) -> torch.Tensor:
         ReadFault: a file is gone or shorter than it was.
         PlanMismatch: the weight has neither data nor an origin.
     """
-    if entry.origin is None:
+    if not entry.origins:
         return _present(entry)
     buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
     fill([entry], buffer, reader, entry.offset_bytes)
     return entry.view(buffer, entry.offset_bytes)
 
 
-def _read_other_dtype(origin: Origin, reader: FileReader) -> torch.Tensor:
-    dtype = TORCH_DTYPES.get(origin.dtype)
+def _read_other_dtype(entry: Entry, reader: FileReader, target: torch.Tensor) -> None:
+    """Read a weight and convert it, a few pieces at a time, so that RAM never holds a second copy of it."""
+    stored = entry.origins[0]
+    dtype = TORCH_DTYPES.get(stored.dtype)
     if dtype is None:
-        raise Unsupported(f"{origin.path}: dtype {origin.dtype} cannot be read into a torch tensor here; convert the checkpoint")
-    raw = torch.empty(origin.nbytes, dtype=torch.uint8)
-    reader.read([Piece(origin.path, origin.offset_bytes, 0, origin.nbytes)], raw)
-    return raw.view(dtype).view(origin.shape)
+        raise Unsupported(f"{stored.path}: dtype {stored.dtype} cannot be read into a torch tensor here; convert the checkpoint")
+    flat = target.view(-1)
+    for window in _windows(_pieces(entry, 0)):
+        first, nbytes = window[0].buffer_offset, sum(piece.nbytes for piece in window)
+        raw = torch.empty(nbytes, dtype=torch.uint8)
+        reader.read([replace(piece, buffer_offset=piece.buffer_offset - first) for piece in window], raw)
+        flat[first // dtype.itemsize : (first + nbytes) // dtype.itemsize].copy_(raw.view(dtype))
+
+
+def _windows(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Cut what lies one behind the other into stretches of equal size."""
+    window: list[Piece] = []
+    room = _WINDOW_BYTES
+    for piece in pieces:
+        done = 0
+        while done < piece.nbytes:
+            nbytes = min(piece.nbytes - done, room)
+            window.append(Piece(piece.path, piece.file_offset + done, piece.buffer_offset + done, nbytes))
+            done, room = done + nbytes, room - nbytes
+            if not room:
+                yield window
+                window, room = [], _WINDOW_BYTES
+    if window:
+        yield window
 
 
 def windows(entries: Sequence[Entry], limit_bytes: int) -> Iterator[tuple[int, int, list[Entry]]]:

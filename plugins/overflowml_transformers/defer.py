@@ -1,19 +1,24 @@
-"""Leaves weights unread that lie in a file one to one, and notes where they are."""
+"""Leaves weights unread that lie in files as they are used, in one piece or in several, and notes where they are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation, dot_natural_key, rename_source_key
 
-from overflowml_core.inspect import checkpoint_of_files
-from overflowml_core.loading import Loading, Origin
+from overflowml_core.inspect import Checkpoint, checkpoint_of_files
+from overflowml_core.loading import Loading, Origin, joined
 from overflowml_core.runtime.structure import TORCH_DTYPES
+from overflowml_transformers.scattered import pieces_of
+
+_Pattern = tuple[Any, str] | None
+"""The host's converter that takes a key, and which of its source patterns matched; None where the key is renamed at most."""
 
 
 def defer_weights(model: Any, checkpoint_files: Iterable[str], load_config: Any, request: Loading) -> tuple[set[str], dict[str, Any]]:
@@ -37,29 +42,24 @@ def defer_weights(model: Any, checkpoint_files: Iterable[str], load_config: Any,
     expected = model.state_dict()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     targets: dict[str, list[str]] = {}
-    converted: set[str] = set()
-    for key in checkpoint.tensors:
-        target, converter = target_of(key, expected)
+    patterns: dict[str, _Pattern] = {}
+    # The host's own order: what a converter collects is put together in it.
+    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+        target, patterns[key] = target_of(key, expected)
         targets.setdefault(target, []).append(key)
-        if converter:
-            converted.add(target)
     kept = _tied_twice(model, targets) if not request.describe_only else set()
     deferred: set[str] = set()
     left: dict[str, Any] = {}
     opened: dict[Path, Any] = {}
     for target, keys in targets.items():
-        located = checkpoint.tensors[keys[0]]
-        simple = (
-            len(keys) == 1
-            and target in parameters
-            and target not in converted
-            and target not in kept
-            and tuple(expected[target].shape) == located.entry.shape
-            and located.entry.dtype in TORCH_DTYPES
-        )
-        if simple:
-            origin = Origin(located.path, located.entry.offset_bytes, located.entry.nbytes, located.entry.dtype, located.entry.shape)
-            request.defer(_replace(model, target, dtype_of(target, expected[target])), origin)
+        shape = tuple(expected[target].shape) if target in parameters and target not in kept else None
+        pieces = _pieces(checkpoint, keys, patterns, shape) if shape is not None else ()
+        if shape is not None and pieces:
+            parameter = _replace(model, target, dtype_of(target, expected[target]))
+            if len(pieces) == 1:
+                request.defer(parameter, replace(pieces[0], shape=shape))
+            else:
+                request.scatter(parameter, pieces)
             deferred.add(target)
         elif not request.describe_only:
             for key in keys:
@@ -72,18 +72,43 @@ def defer_weights(model: Any, checkpoint_files: Iterable[str], load_config: Any,
     return deferred, left
 
 
-def _renamer(model: Any, load_config: Any) -> Callable[[str, dict[str, Any]], tuple[str, bool]]:
+def _pieces(checkpoint: Checkpoint, keys: Sequence[str], patterns: Mapping[str, _Pattern], shape: tuple[int, ...]) -> tuple[Origin, ...]:
+    """The pieces of files that make a weight of this shape, one behind the other; empty where the host must read and convert."""
+    origins = {key: _origin(checkpoint, key) for key in keys}
+    if any(origin.dtype not in TORCH_DTYPES for origin in origins.values()):
+        return ()
+    matched = [pattern for pattern in map(patterns.__getitem__, keys) if pattern is not None]
+    if not matched:
+        return tuple(origins.values()) if len(keys) == 1 and origins[keys[0]].shape == shape else ()
+    converter = matched[0][0]
+    # Of keys with several converters, or with none, the first decides what happens to all.
+    if len(matched) < len(keys) or any(other is not converter for other, _ in matched):
+        return ()
+    sources: dict[str, list[Origin]] = {}
+    for key, (_, pattern) in zip(keys, matched, strict=True):
+        sources.setdefault(pattern, []).append(origins[key])
+    return joined(pieces_of(converter, sources, shape))
+
+
+def _origin(checkpoint: Checkpoint, key: str) -> Origin:
+    located = checkpoint.tensors[key]
+    entry = located.entry
+    return Origin(located.path, entry.offset_bytes, entry.nbytes, entry.dtype, entry.shape)
+
+
+def _renamer(model: Any, load_config: Any) -> Callable[[str, dict[str, Any]], tuple[str, _Pattern]]:
     mapping = load_config.weight_mapping or []
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
-    def target_of(key: str, expected: dict[str, Any]) -> tuple[str, bool]:
+    def target_of(key: str, expected: dict[str, Any]) -> tuple[str, _Pattern]:
         # The host's own two steps (core_model_loading.convert_and_load_state_dict_in_model).
         target, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if target not in expected and key in expected:
             target, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
-        return target, pattern is not None
+        return target, None if pattern is None else (by_pattern[pattern], pattern)
 
     return target_of
 
