@@ -72,13 +72,19 @@ class Experts:
 
     Attributes:
         count: experts in the bank.
-        nbytes: bytes of one expert.
+        nbytes: bytes of the record of one expert, alignment included.
         per_token: experts that a token is routed to.
+        dense_bytes: slab bytes of the block without its routed experts; 0 where nobody laid them out.
+        separable: experts can wait apart from their block. Not those of classes that read the whole stack in a forward of their own.
+        heat: share of the tokens that go to each expert, ``per_token`` in all, where a run was recorded; else empty.
     """
 
     count: int
     nbytes: int
     per_token: int
+    dense_bytes: int = 0
+    separable: bool = True
+    heat: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,10 @@ SLAB_ALIGNMENT_BYTES = 512
 """Start of every tensor in a slab, and granularity of its size: what torch's CUDA caching allocator hands out (kMinBlockSize), so that
 kernels see in a slab what they see in a tensor of their own, and the plan counts what the allocator counts."""
 
+EXPERT_SPARE_BYTES = 8192
+"""Of a slot for an expert in RAM beyond its record: two pages, so that the whole pages that hold it in its file can be read straight into the
+slot."""
+
 
 def align(nbytes: int) -> int:
     """Round bytes up to the slab alignment."""

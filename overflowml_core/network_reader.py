@@ -10,7 +10,7 @@ from overflowml_core.errors import OverflowmlError
 from overflowml_core.facts import Block, Component, Experts, Linear, Network
 from overflowml_core.work import WORK_KINDS, BlockWork, PassProfile, Variant, Work
 
-NETWORK_SCHEMA = 2
+NETWORK_SCHEMA = 3
 """Version of the JSON form. A profile of another version is made again, so it changes with every field."""
 
 LARGEST_NETWORK_CHARS = 256 * 2**20
@@ -56,7 +56,6 @@ def _component(component: Component, table: dict[BlockWork, int]) -> dict[str, A
 
 
 def _block(block: Block) -> list[Any]:
-    experts = None if block.experts is None else [block.experts.count, block.experts.nbytes, block.experts.per_token]
     return [
         block.name,
         block.weight_count,
@@ -66,10 +65,15 @@ def _block(block: Block) -> list[Any]:
         block.tied_to,
         block.keep_format,
         block.linear_count,
-        experts,
+        None if block.experts is None else _bank(block.experts),
         [_block(leaf) for leaf in block.leaves],
         [[linear.rows, linear.columns, linear.dtype, linear.count] for linear in block.linears],
     ]
+
+
+def _bank(experts: Experts) -> list[Any]:
+    # Heat belongs to what a model was asked, not to the model: it is kept apart and filled in by whoever plans.
+    return [experts.count, experts.nbytes, experts.per_token, experts.dense_bytes, experts.separable]
 
 
 def _work(work: Work) -> list[Any]:
@@ -141,12 +145,17 @@ def _read_block(block: list[Any]) -> Block:
         tied_to=None if tied_to is None else _is(str, tied_to),
         keep_format=_is(bool, keep_format),
         linear_count=_count(linear_count),
-        experts=None if experts is None else Experts(*(_count(number) for number in _list(experts))),
+        experts=None if experts is None else _read_bank(experts),
         leaves=tuple(_read_block(leaf) for leaf in _list(leaves)),
         linears=tuple(
             Linear(_count(rows), _count(columns), _is(str, dtype), _count(count)) for rows, columns, dtype, count in _list(linears)
         ),
     )
+
+
+def _read_bank(bank: list[Any]) -> Experts:
+    count, nbytes, per_token, dense_bytes, separable = _list(bank)
+    return Experts(_count(count), _count(nbytes), _count(per_token), _count(dense_bytes), _is(bool, separable))
 
 
 def _read_dtypes(pairs: object) -> tuple[tuple[str, int], ...]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from overflowml_core.facts import Block, Component, Experts, TensorFact, tensors_fingerprint
-from overflowml_core.layout import align
+from overflowml_core.layout import align, slab_bytes
+from overflowml_core.runtime.experts.bank import banks_of, without
 from overflowml_core.runtime.leaves import leaf_units
 from overflowml_core.runtime.linears import linears_of
 from overflowml_core.runtime.parts import Part, is_known, is_plain, label, parts_of
@@ -97,8 +98,19 @@ def _decoding_bytes(weights: list[Weight]) -> int:
 
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_k")
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
 """What configs call the size of a bank and how many of it a token uses (transformers 5.23, models/*/configuration_*.py)."""
+
+_FIXED_PER_TOKEN = {"switch_transformers": 1, "nllb-moe": 2}
+"""By model type: experts that a token uses where the class says so and no configuration does (SwitchTransformersTop1Router,
+NllbMoeTop2Router)."""
 
 
 def _routing(module: nn.Module) -> tuple[int, int] | None:
@@ -107,30 +119,49 @@ def _routing(module: nn.Module) -> tuple[int, int] | None:
     inner = getattr(config, "get_text_config", None)
     config = inner() if callable(inner) else config
     count, per_token = _first_count(config, _EXPERT_COUNTS), _first_count(config, _EXPERTS_PER_TOKEN)
+    per_token = per_token or _FIXED_PER_TOKEN.get(getattr(config, "model_type", ""), 0)
     return (count, per_token) if count > 1 and 0 < per_token <= count else None
 
 
 def _first_count(config: object, names: tuple[str, ...]) -> int:
-    values = (getattr(config, name, None) for name in names)
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool) and value > 0), 0)
+    return next((count for name in names if (count := _count_of(config, name)) > 0), 0)
+
+
+def _count_of(config: object, name: str) -> int:
+    """A count of a configuration, the largest where it differs by layer; 0 where it names none."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # a configuration that differs by layer (transformers' HeterogeneousConfigMixin) does not answer for all of them
+        value = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", ())]
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return max((one for one in values if isinstance(one, int) and not isinstance(one, bool)), default=0)
 
 
 def _experts(unit: Unit, routing: tuple[int, int] | None) -> Experts | None:
-    """The routed experts of a block: stacked along the first dimension of 3-D weights, or modules in a list of their number."""
+    """The routed experts of a block. Where they cannot be kept apart from it, or are several banks, they are counted by their shapes."""
     if routing is None or unit.module is None:
         return None
     count, per_token = routing
+    banks = banks_of(unit, count)
+    if len(banks) == 1 and banks[0].count >= per_token:
+        return Experts(banks[0].count, banks[0].record_bytes, per_token, without(unit, banks).slab_bytes)
+    inside = {id(weight): weight.nbytes for weight in _inseparable(unit, unit.module, count)}
+    nbytes = sum(inside.values())
+    if not nbytes:
+        return None
+    dense = slab_bytes(part.nbytes for weight in unit.weights if id(weight) not in inside for part in weight.parts)
+    return Experts(count, nbytes // count, per_token, dense, separable=False)
+
+
+def _inseparable(unit: Unit, module: nn.Module, count: int) -> list[Weight]:
+    """Weights of routed experts by their shapes: stacked along the first dimension of 3-D weights, or of modules in a list as long."""
     stacked = {id(w.owners[0].module) for w in unit.weights if w.parameter.dim() == 3 and w.parameter.shape[0] == count}
-    # Biases of stacked experts lie beside them, and have the same first dimension.
-    nbytes = sum(w.nbytes for w in unit.weights if id(w.owners[0].module) in stacked and w.parameter.shape[:1] == (count,))
-    listed = {
-        id(parameter)
-        for inner in unit.module.modules()
-        if isinstance(inner, (nn.ModuleList, nn.ModuleDict)) and len(inner) == count and not stacked
-        for parameter in inner.parameters()
-    }
-    nbytes += sum(w.nbytes for w in unit.weights if id(w.parameter) in listed)
-    return Experts(count, nbytes // count, per_token) if nbytes else None
+    if stacked:
+        # Biases of stacked experts lie beside them, and have the same first dimension.
+        return [w for w in unit.weights if id(w.owners[0].module) in stacked and w.parameter.shape[:1] == (count,)]
+    lists = (inner for inner in module.modules() if isinstance(inner, (nn.ModuleList, nn.ModuleDict)) and len(inner) == count)
+    listed = {id(parameter) for inner in lists for parameter in inner.parameters()}
+    return [w for w in unit.weights if id(w.parameter) in listed]
 
 
 def _buffer_bytes(structure: Structure) -> int:

@@ -15,20 +15,25 @@ import torch
 from torch import nn
 
 from overflowml_core.codec import Codec
-from overflowml_core.errors import PlanMismatch, Unsupported
+from overflowml_core.errors import Unsupported
+from overflowml_core.expert_report import ExpertReport
+from overflowml_core.expert_setting import ExpertSetting
 from overflowml_core.facts import Network, Tier
 from overflowml_core.loading import Loading
-from overflowml_core.plan import Estimate, PhasePlan, Placement, Plan
+from overflowml_core.plan import Estimate, PhasePlan, Plan
 from overflowml_core.runtime.changes import Changes
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.edits import Edits
 from overflowml_core.runtime.encode import EncodedWeight, encoded, show_originals
+from overflowml_core.runtime.experts.apart import take_out
+from overflowml_core.runtime.experts.side import ExpertSide
 from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
 from overflowml_core.runtime.gradients import without_gradient
 from overflowml_core.runtime.guards import guard_parts
 from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk, original
 from overflowml_core.runtime.hooking import hook_phase, unhook_blocks
 from overflowml_core.runtime.leaves import taken_apart
+from overflowml_core.runtime.matching import comes_in, match
 from overflowml_core.runtime.parts import parts_of, refit
 from overflowml_core.runtime.phase import Phase, buffers_of
 from overflowml_core.runtime.reader import FileReader
@@ -38,7 +43,7 @@ from overflowml_core.runtime.slab import Entry, lay_out
 from overflowml_core.runtime.source import stored_as_is
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.runtime.streamer import Streamer
-from overflowml_core.runtime.structure import Structure, Unit, dissect
+from overflowml_core.runtime.structure import Unit, dissect
 
 _log = logging.getLogger("overflowml")
 
@@ -49,7 +54,15 @@ Progress = Callable[[int, int], None]
 class Engine:
     """Runs modules by a plan until it is detached. See :class:`overflowml_core.protocols.Attachment`."""
 
-    def __init__(self, plan: Plan, network: Network, device: Device, store_folder: Path, codecs: Mapping[str, Codec] | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        network: Network,
+        device: Device,
+        store_folder: Path,
+        codecs: Mapping[str, Codec] | None = None,
+        experts: ExpertSetting | None = None,
+    ) -> None:
         self.plan = plan
         self.network = network
         self.device = device
@@ -60,6 +73,7 @@ class Engine:
         self._store: PackedStore | None = None
         largest_slot = max((phase.slot_bytes for phase in plan.phases), default=0)
         self._feeder = Feeder(device, self._reader, min(largest_slot or LARGEST_WINDOW_BYTES, LARGEST_WINDOW_BYTES * 4))
+        self.experts = ExpertSide(device, self._feeder, self._maps, self._packed_store, experts or ExpertSetting())
         self._held: list[Held] = []
         self._blocks: dict[BlockKey, Held] = {}
         self._phases: list[Phase] = []
@@ -70,6 +84,7 @@ class Engine:
         edits = Edits(self._reader, self._maps, self._packed_store)
         self._changes = Changes(edits, plan.budget.device_bytes, self._deactivate, self._shrink, self._switch)
         self._detached = False
+        self._counted: ExpertReport | None = None
         self.measured_pass_s: float | None = None
         """Seconds of a pass of the phase that takes longest, where a trial measured it."""
 
@@ -109,12 +124,21 @@ class Engine:
             name: encoded(taken_apart(dissect(module), formats[name]), formats[name], self._codecs, loading)
             for name, module in modules.items()
         }
+        structures, apart = take_out(structures, self.plan, self.network)
         self._hooks += show_originals(structures, self._original)
-        placed = [place for phase_plan in self.plan.phases for place in _match(phase_plan, structures)]
-        total = sum(unit.slab_bytes for unit, _, home_tier in placed if _comes_in(unit, home_tier, loading))
+        placed = [place for phase_plan in self.plan.phases for place in match(phase_plan, structures)]
+        total = sum(unit.slab_bytes for unit, _, home_tier in placed if comes_in(unit, home_tier, loading))
+        total += sum(one.bank.record_bytes * one.bank.count for one in apart)
         done = 0
+
+        def came(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
         for phase_plan in self.plan.phases:
-            placements = _match(phase_plan, structures)
+            placements = match(phase_plan, structures)
             streamed: list[Home] = []
             residents: list[Home] = []
             for unit, tier, home_tier in placements:
@@ -123,14 +147,15 @@ class Engine:
                     streamed.append(held.home)
                 elif held.arena is None:
                     residents.append(held.home)
-                done += held.slab.nbytes * _comes_in(unit, home_tier, loading)
-                if progress is not None:
-                    progress(done, total)
+                came(held.slab.nbytes * comes_in(unit, home_tier, loading))
             own_blocks = self._held[len(self._held) - len(phase_plan.placements) :]
             self._blocks.update(zip(((p.component, p.block) for p in phase_plan.placements), own_blocks, strict=True))
             streamer = self._streamer(phase_plan, streamed)
             phase = Phase(self.device, self._feeder, phase_plan, streamer, residents, [modules[name] for name in phase_plan.components])
             self._phases.append(phase)
+            phase.conductor = self.experts.conduct(phase_plan, apart, loading, came)
+            if phase.conductor is not None:
+                self._hooks += self.experts.hook_lists(phase.conductor, apart, partial(self._activate, phase))
             own = {name: modules[name] for name in phase_plan.components}
             self._hooks += hook_phase(phase, own, structures, self._activate, takes_turns=len(self.plan.phases) > 1)
             for name, module in own.items():
@@ -178,7 +203,7 @@ class Engine:
 
     def holds(self, module: nn.Module, attribute: str) -> bool:
         """Whether a parameter, given by its module and attribute, is one that the plan places."""
-        return self._changes.holds(module, attribute)
+        return self._changes.holds(module, attribute) or self.experts.holds(module, attribute)
 
     def editing(self, module: nn.Module) -> AbstractContextManager[None]:
         """A context in which the weights of a module may be changed in place. They are at home while it is open, and streamed as they are
@@ -321,12 +346,17 @@ class Engine:
             stall_s=sum(s.stall_s for s in streamers) / max(passes, 1),
         )
 
+    def expert_report(self) -> ExpertReport | None:
+        """What was counted while experts ran apart from their blocks; None where the plan has none apart. After the end, as it was then."""
+        return self.experts.report() or self._counted
+
     def detach(self) -> None:
         """Give the modules back as they were, with plain weights, and free everything. A second call does nothing."""
         with self._switch, torch.inference_mode(False), torch.no_grad():
             if self._detached:
                 return
             self._detached = True
+            self._counted = self.experts.report()
             for hook in self._hooks:
                 hook.remove()
             self._hooks.clear()
@@ -335,6 +365,7 @@ class Engine:
                 unhook_blocks(phase)
             self._deactivate()
             self._blocks.clear()
+            self.experts.give_back()
             while self._held:
                 self._restore(self._held.pop())
             while self._undo:
@@ -360,34 +391,3 @@ class Engine:
                 refit(parameter, {path: tensor.detach().to(back, copy=True) for path, tensor in values.items()})
             parameters.append(parameter)
         held.slab.install(tuple(parameters))
-
-
-def _match(phase: PhasePlan, structures: Mapping[str, Structure]) -> list[tuple[Unit, Tier, Tier]]:
-    """The units of a phase, each with its tier and home, after checking that the plan speaks of these modules."""
-    matched: list[tuple[Unit, Tier, Tier]] = []
-    blocks: dict[tuple[str, str], Unit] = {}
-    for name in phase.components:
-        if name not in structures:
-            raise PlanMismatch(f"the plan places component {name!r}, which this model does not have; make a plan for this model")
-        matched.append((structures[name].fixed, Tier.DEVICE, phase.fixed_home))
-        blocks.update(((name, unit.name), unit) for unit in structures[name].blocks)
-    for placement in phase.placements:
-        unit = blocks.pop((placement.component, placement.block), None)
-        if unit is None or unit.slab_bytes != placement.stored_bytes:
-            raise PlanMismatch(_mismatch(placement, unit))
-        matched.append((unit, placement.tier, placement.home))
-    if blocks:
-        component, block = next(iter(blocks))
-        raise PlanMismatch(f"{component}.{block}: the plan does not place this block; make a plan for this model")
-    return matched
-
-
-def _comes_in(unit: Unit, home: Tier, loading: Loading | None) -> bool:
-    """Whether attaching reads or packs a unit; one that is streamed from the model's own file stays where it is."""
-    return home is not Tier.DISK or not stored_as_is(lay_out(unit, loading))
-
-
-def _mismatch(placement: Placement, unit: Unit | None) -> str:
-    found = "no such block" if unit is None else f"a block of {unit.slab_bytes} bytes"
-    wanted = f"{placement.component}.{placement.block}: the plan has {placement.stored_bytes} bytes"
-    return f"{wanted}, the model {found}; make a plan for this model"

@@ -18,6 +18,7 @@ from torch import nn
 from overflowml_core.plan import PhasePlan
 from overflowml_core.runtime.compiling import HookPair
 from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.experts.conductor import Conductor
 from overflowml_core.runtime.feeder import Feeder
 from overflowml_core.runtime.guests import Guests
 from overflowml_core.runtime.homes import Home
@@ -51,6 +52,7 @@ class Phase:
         casts: by dtype, the homes of the phase in it.
         guests: parameters that came into its modules after the plan was attached.
         is_present: it has entered and not left.
+        conductor: of its routed experts, where they are apart from its blocks.
         block_hooks: what takes the hooks off its streamed blocks.
     """
 
@@ -64,6 +66,7 @@ class Phase:
         self.casts: dict[torch.dtype, Cast] = {}
         self.guests = Guests(device)
         self.is_present = False
+        self.conductor: Conductor | None = None
         self.block_hooks: list[HookPair] = []
         self._device = device
         self._feeder = feeder
@@ -88,6 +91,8 @@ class Phase:
                 self._bring(home)
             self.guests.bring()
             self.streamer.open()
+            if self.conductor is not None:
+                self.conductor.open()
             self.is_present = True
         except BaseException:
             self.leave()
@@ -101,6 +106,8 @@ class Phase:
                 self._arriving.popitem()[1].hooks.remove()
         self._device.synchronize()
         self.streamer.close()
+        if self.conductor is not None:
+            self.conductor.close()
         for home in self.residents:
             home.slab.install(home.parameters)
         self.guests.take_home()

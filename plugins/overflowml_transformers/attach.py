@@ -8,6 +8,7 @@ from typing import Any
 
 from overflowml_core.facts import Tier
 from overflowml_core.runtime.guards import MODULE_MOVES, guard, guard_state
+from overflowml_transformers.experts import take_over
 
 _ON = {Tier.PINNED: "cpu", Tier.RAM: "cpu", Tier.DISK: "disk"}
 
@@ -29,6 +30,7 @@ def after_attach(model: Any, attachment: Any) -> None:
 
     attachment.on_detach(undo)
     attachment.on_detach(_adapters_in_ram(model))
+    attachment.on_detach(take_over(model, attachment))
     attachment.on_detach(guard(model, MODULE_MOVES, "model"))
     attachment.on_detach(guard_state(model, "model", attachment.holds))
 

@@ -2,7 +2,7 @@
 
 ``PreTrainedModel.from_pretrained`` takes the request out of the arguments. ``PreTrainedModel._load_pretrained_model`` is
 the one point where the finished model, its files and the host's own renaming of keys are known and nothing is read yet:
-there weights that lie in a file one to one are left unread, and the rest is loaded by the host as always.
+there weights that lie in files as they are used are left unread, and the rest is loaded by the host as always.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from overflowml_core.facts import Limits
 from overflowml_core.loading import Loading, current, loading
 from overflowml_core.patching import Patch, after_import, patch_all
 from overflowml_core.quantizers import refuse_quantizer
+from overflowml_transformers.experts import register, unregister
 
 DEVICE_MAP = "overflowml"
+_EXPERTS = "transformers.integrations.moe"
 _patches: list[Patch] = []
 _stop_waiting: list[Callable[[], None]] = []
 
@@ -29,12 +31,15 @@ def install() -> None:
     """Patch the host where it is imported, else wait for its import."""
     _stop_waiting.append(after_import("transformers.modeling_utils", _patch_models))
     _stop_waiting.append(after_import("transformers.pipelines", _patch_pipelines))
+    _stop_waiting.append(after_import(_EXPERTS, register))
 
 
 def uninstall() -> None:
     """Take all patches back and stop waiting."""
     while _stop_waiting:
         _stop_waiting.pop()()
+    if _EXPERTS in sys.modules:
+        unregister(sys.modules[_EXPERTS])
     replaced = [patch.replacement for patch in _patches]
     while _patches:
         _patches.pop().undo()
