@@ -28,6 +28,14 @@ CACHE_SIZE = "OVERFLOWML_CACHE_SIZE"
 PROGRESS = "OVERFLOWML_PROGRESS"
 """0: no progress bar while weights are brought in. There is none either where standard error is no terminal."""
 
+TUNED = "OVERFLOWML_TUNED"
+"""0: plans that ``overflowml tune`` kept are not used."""
+
+
+def uses_tuned() -> bool:
+    """Whether plans that were measured to be the fastest are used."""
+    return os.environ.get(TUNED, "") != "0"
+
 
 def shows_progress() -> bool:
     """Whether the user wants to see how far a load is."""

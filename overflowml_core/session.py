@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
-from overflowml_core import environment
-from overflowml_core.description import describe, describe_moe, local_folder
+from overflowml_core import description, environment, planning
+from overflowml_core.description import describe_moe, local_folder
 from overflowml_core.errors import NotAModel, OverflowmlError
 from overflowml_core.facts import Limits, Machine, Network, Workload
+from overflowml_core.heat_store import with_heat
 from overflowml_core.loading import Loading, loading
 from overflowml_core.plan import Plan
-from overflowml_core.planning import abilities_of, calibrate, codecs_of, detect, is_forecast, make_plan, timeline, with_outlook
+from overflowml_core.planning import abilities_of, calibrate, codecs_of, detect, is_forecast, timeline, with_outlook
 from overflowml_core.progress import loading_bar
 from overflowml_core.registry import hosts, install, plugins, uninstall
 from overflowml_core.units import format_bytes, parse_bytes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from overflowml_core.expert_setting import ExpertSetting
     from overflowml_core.measured import MeasuredPass
     from overflowml_core.protocols import Attachment
     from overflowml_core.runtime.engine import Engine
@@ -62,6 +64,33 @@ def attachment(target: object) -> Attachment | None:
     return found
 
 
+def describe(source: object, workload: Workload | None = None, options: dict[str, object] | None = None, fresh: bool = False) -> Network:
+    """:func:`overflowml_core.description.describe`, with what earlier runs counted of its experts."""
+    return with_heat(description.describe(source, workload, options, fresh))
+
+
+def make_plan(
+    network: Network, limits: Limits, workload: Workload | None = None, machine: Machine | None = None, forecast: bool = False
+) -> Plan:
+    """:func:`overflowml_core.planning.make_plan`, or the plan that ``overflowml tune`` measured to be faster for the same request."""
+    machine = machine or detect()
+    plan = planning.make_plan(network, limits, workload, machine, forecast)
+    if forecast or not plan.managed or not environment.uses_tuned():
+        return plan
+    from overflowml_core.tuned import tuned_instead
+
+    tuned = tuned_instead(plan, network, machine)
+    if tuned is None:
+        return plan
+    objections = plugins().objections(tuned.plan, network, machine)
+    if objections:
+        _log.warning("the tuned plan %s is not used: %s objects to it now", tuned.plan.fingerprint, objections[0].trap)
+        return plan
+    _log.info("%s: %s", network.class_name, tuned.sentence)
+    # Its neighbours were run already: no trial, unless somebody insists.
+    return replace(tuned.plan, limits=replace(plan.limits, trial=plan.limits.trial or False))
+
+
 def manage(
     target: object, limits: Limits, workload: Workload | None = None, load: Loading | None = None, plan: Plan | None = None
 ) -> Attachment:
@@ -90,9 +119,10 @@ def manage(
     with loading(None):
         network = describe(target, workload)
     machine = detect()
-    # Whoever hands over a plan wants that one, unless it says otherwise.
-    trial = (plan.limits.trial or False) if plan is not None else limits.trial
+    is_given = plan is not None
     plan = plan or make_plan(network, limits, workload, machine)
+    # Whoever hands over a plan wants that one, unless it says otherwise.
+    trial = (plan.limits.trial or False) if is_given else plan.limits.trial
     made = _attach(plan, network, machine, modules, load)
     marked = [target, *(m for m in modules.values() if m is not target)]
     try:
@@ -104,6 +134,8 @@ def manage(
         made.detach()
         raise
     made.on_detach(lambda: _forget(marked))
+    if any(place.experts_home is not None for place in plan.placements()):
+        _record_heat(made, target, modules)
     if trial is not False and plan.managed:
         _begin_trial(made, machine, workload is not None)
     return cast("Attachment", made)
@@ -142,7 +174,35 @@ def _attach(plan: Plan, network: Network, machine: Machine, modules: dict[str, n
     folder = environment.cache_folder() / "packed"
     with loading_bar(load is None or load.shows_progress) as shown:
         progress = _progress(load, shown)
-        return Engine(plan, network, device, folder, codecs_of(plan, machine)).attach(modules, load, progress)
+        experts = _expert_setting(plan, network, machine)
+        return Engine(plan, network, device, folder, codecs_of(plan, machine), experts).attach(modules, load, progress)
+
+
+def _expert_setting(plan: Plan, network: Network, machine: Machine) -> ExpertSetting | None:
+    """How routed experts are run, from what earlier runs counted and what is measured; None where the plan has none apart."""
+    tiers = {place.experts_home for place in plan.placements() if place.experts_home is not None}
+    if not tiers:
+        return None
+    from overflowml_core.expert_setting import ExpertSetting
+    from overflowml_core.planner.expert_pace import cpu_bytes_per_s, fetch_bytes_per_s
+
+    heat = {
+        (component.name, block.name): block.experts.heat
+        for component in network.components
+        for block in component.blocks
+        if block.experts is not None and block.experts.heat
+    }
+    in_ram = machine.compute.unified
+    return ExpertSetting(heat, min(fetch_bytes_per_s(tier, machine.rates, in_ram) for tier in tiers), cpu_bytes_per_s(machine))
+
+
+def _record_heat(engine: Engine, target: object, modules: dict[str, nn.Module]) -> None:
+    from overflowml_core.heat_recorder import HeatRecorder
+
+    names = dict.fromkeys(place.component for place in engine.plan.placements() if place.experts_home is not None)
+    loaded_from = getattr(getattr(target, "config", None), "_name_or_path", None)
+    source = loaded_from if isinstance(loaded_from, str) and loaded_from else engine.network.source
+    HeatRecorder(engine, source).begin(modules[name] for name in names)
 
 
 def _begin_trial(engine: Engine, machine: Machine, knows_work: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from overflowml_core.cli import activate, cache, calibrate, can_run, demonstration, detect, doctor, ending, explain, plan
+from overflowml_core.cli import activate, cache, calibrate, can_run, demonstration, detect, doctor, ending, explain, plan, report, tune
 
 
 def _markup() -> str | None:
@@ -48,6 +48,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "explain": (explain.explain, "Say why a saved plan is as it is."),
     "detect": (detect.detect, "Show this machine as plans see it."),
     "calibrate": (calibrate.calibrate, "Measure this machine's rates."),
+    "tune": (tune.tune, "Run a model under several plans and keep the fastest."),
+    "report": (report.report, "Show what was counted of routed experts while models ran."),
     "doctor": (doctor.doctor, "Examine this environment."),
     "cache": (cache.cache, "List packed weights that are kept, or remove them."),
     "activate": (activate.activate, "Install the hosts in every interpreter here."),

@@ -131,7 +131,7 @@ def _network(request: Request, workload: Workload, forecast: bool) -> Network:
         return session.describe_moe(total_b, active_b, experts, per_token, source_size(request.source, "SOURCE"), workload)
     if request.dtype is not None and forecast:
         raise OverflowmlError(f"--dtype={request.dtype!r}: {request.source} has no weights that could be cast; leave it out")
-    options = {} if request.dtype is None else {"torch_dtype": _torch_dtype(request.dtype)}
+    options = {} if request.dtype is None else {"torch_dtype": torch_dtype(request.dtype)}
     return session.describe(request.source, workload, options)
 
 
@@ -139,7 +139,12 @@ def _size(text: str | None, option: str) -> Bytes | None:
     return None if text is None else Bytes(parse_bytes(text, option))
 
 
-def _torch_dtype(name: str) -> object:
+def torch_dtype(name: str) -> object:
+    """A dtype by its name, as users write it.
+
+    Raises:
+        OverflowmlError: torch has none of this name, or is not there.
+    """
     try:
         import torch
     except ImportError:

@@ -18,7 +18,7 @@ from overflowml_core.plan import Plan
 from overflowml_core.plugins import Plugins
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("plan", "can-run", "explain", "detect", "calibrate", "doctor", "cache", "activate", "deactivate", "demo")
+COMMANDS = ("plan", "can-run", "explain", "detect", "calibrate", "tune", "report", "doctor", "cache", "activate", "deactivate", "demo")
 
 
 @pytest.fixture(scope="module")

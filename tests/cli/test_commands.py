@@ -103,7 +103,7 @@ def test_can_run_does_not_know_where_nobody_knows_the_activations(run, monkeypat
 def test_can_run_asks_for_what_this_version_carries_out(run):
     mixture = ("120", "--moe", "120", "12", "128", "8", "--gpu", "RTX 5090")
     status, out, _ = run("can-run", *mixture, "--ram", "196GB")
-    assert (status, out.split(" on ")[0]) == (0, "yes: stream")
+    assert (status, out.split(" on ")[0]) == (0, "yes: experts")
     status, out, _ = run("can-run", *mixture, "--ram", "80GB", "--no-disk", "--quality", "any")
     assert status == 1
     assert out.rstrip().endswith("int4, which this version does not carry out yet")

@@ -18,7 +18,7 @@ WORKS = st.lists(WORK, max_size=3).map(tuple)
 BLOCK_WORK = st.builds(BlockWork, WORKS, COUNT, COUNT)
 PROFILE = st.builds(PassProfile, NAME, COUNT, COUNT, st.lists(BLOCK_WORK, max_size=3).map(tuple), WORKS, COUNT, NAME, NAME)
 DTYPES = st.lists(st.tuples(NAME, COUNT), max_size=2).map(tuple)
-EXPERTS = st.none() | st.builds(Experts, COUNT, COUNT, COUNT)
+EXPERTS = st.none() | st.builds(Experts, COUNT, COUNT, COUNT, COUNT, st.booleans())
 BLOCK = st.builds(Block, NAME, COUNT, COUNT, COUNT, DTYPES, st.none() | NAME, st.booleans(), COUNT, EXPERTS)
 PROFILES = st.lists(PROFILE, max_size=2).map(tuple)
 COMPONENT = st.builds(
