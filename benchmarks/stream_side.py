@@ -226,11 +226,10 @@ def _unmap_pages(files: set[str]) -> int:
     return count
 
 
-def main() -> None:
-    """Serve commands until there are no more."""
+def serve(host: Host) -> None:
+    """Have a host carry out commands until there are no more."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    host = Host()
     for line in sys.stdin:
         command = json.loads(line)
         try:
@@ -243,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Host())

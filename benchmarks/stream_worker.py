@@ -26,7 +26,7 @@ class SideFailed(Exception):
 
 
 class Worker:
-    """A process that runs stream_side.py.
+    """A process that runs stream_side.py, or another script that serves commands as it does.
 
     Args:
         name: of the side.
@@ -34,16 +34,25 @@ class Worker:
         python: an interpreter that has what the side needs.
         cage: the group whose memory limit it lives under, None for none.
         answer_s: longest wait for an answer.
+        script: that it runs, beside this one.
     """
 
-    def __init__(self, name: str, log: Path, python: str = sys.executable, cage: Cage | None = None, answer_s: float = ANSWER_S) -> None:
+    def __init__(
+        self,
+        name: str,
+        log: Path,
+        python: str = sys.executable,
+        cage: Cage | None = None,
+        answer_s: float = ANSWER_S,
+        script: str = "stream_side.py",
+    ) -> None:
         self.name = name
         self._log = log
         self._answer_s = answer_s
         self._pending = b""
         with log.open("wb") as sink:
             self._process = subprocess.Popen(
-                [python, str(Path(__file__).with_name("stream_side.py"))],
+                [python, str(Path(__file__).with_name(script))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=sink,

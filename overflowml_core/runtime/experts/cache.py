@@ -86,7 +86,7 @@ class ExpertCache:
         if any(self._needs_thread(home) for home in self.homes):
             self._fetcher = Fetcher(_READERS if self.device.on_host else 1)
         self.arena = arena
-        for expert in warmest(self.ranking.scores, self.slot_count):
+        for expert in warmest(self.ranking.levels, self.slot_count):
             self.request(expert, (), SOMETIME)
 
     def close(self) -> None:

@@ -27,7 +27,7 @@ from overflowml_core.runtime.experts.cache import ExpertCache, Slot
 from overflowml_core.runtime.experts.counts import BankCounts, Counts
 from overflowml_core.runtime.experts.fetcher import SOON
 from overflowml_core.runtime.experts.foresight import Foresight
-from overflowml_core.runtime.experts.policy import FIRST_HALF_LIFE, Ghosts, Ranking, Scores
+from overflowml_core.runtime.experts.policy import FIRST_HALF_LIFE, HALF_LIVES, Ghosts, Ranking, Scores
 from overflowml_core.runtime.experts.processor import Division
 from overflowml_core.runtime.experts.seat import Seat, slot_bytes
 from overflowml_core.runtime.experts.tryout import Tryout
@@ -52,7 +52,8 @@ class Conductor:
         self._feeder = feeder
         self._cache_bytes = cache_bytes
         self._setting = setting
-        self._ranking = Ranking(Scores(0, setting.half_life or FIRST_HALF_LIFE))
+        self._scores = Scores(0, setting.half_life or FIRST_HALF_LIFE, () if setting.half_life else HALF_LIVES)
+        self._ranking = Ranking(self._scores.levels)
         self._cache: ExpertCache | None = None
         self._ghosts: Ghosts | None = None
         self.lock = threading.RLock()
@@ -82,11 +83,9 @@ class Conductor:
         foresight = Foresight(router, bank.count, per_token) if router is not None else None
         self.seats.append(Seat(home, first, foresight, home.version))
         self.counts.banks.append(BankCounts(component, block, per_token, bank.record_bytes, [0] * bank.count))
-        scores = Scores(first + bank.count, self._ranking.scores.half_life)
-        scores.levels[:first] = self._ranking.scores.levels
+        self._scores.extend(bank.count)
         for expert, share in enumerate(self._setting.heat.get((component, block), ())[: bank.count]):
-            scores.seed(first + expert, share)
-        self._ranking = Ranking(scores)
+            self._scores.seed(first + expert, share)
         return len(self.seats) - 1
 
     @property
@@ -108,7 +107,7 @@ class Conductor:
                 homes = [home for seat in self.seats for home in seat.home.homes]
                 self._cache = ExpertCache(self.device, self._feeder, homes, self._ranking, (self._cache_bytes // size, size))
                 if self._setting.half_life is None:
-                    self._ghosts = Ghosts([seat.numbers for seat in self.seats], self._cache.slot_count)
+                    self._ghosts = Ghosts(self._scores, [seat.numbers for seat in self.seats], self._cache.slot_count)
             if self._cache is not None:
                 self._cache.open()
 
@@ -289,20 +288,18 @@ class Conductor:
         seat, counts = self.seats[place], self.counts
         if seat.home.version != seat.version:
             self._renew(seat)
-        now, scores = counts.tokens, self._ranking.scores
         bank = counts.banks[place]
         bank.requests += len(given)
+        numbers = {seat.first + expert: count for expert, count in given.items()}
         for expert, count in given.items():
             bank.tokens[expert] += count
-            scores.touch(seat.first + expert, tokens, count, now)
-            if seat.first + expert in self._ranking.cached:
-                self._ranking.renew(seat.first + expert)
-        if self._ghosts is not None and place in self._ghosts.followed:
-            self._ghosts.request({seat.first + expert: count for expert, count in given.items()}, tokens, now)
-            better = self._ghosts.better(scores.half_life)
-            if better is not None:
-                scores.change(better)
-                self._ranking.rebuild()
+        for number, count in numbers.items():
+            self._scores.touch(number, tokens, count, counts.tokens)
+            if number in self._ranking.cached:
+                self._ranking.renew(number)
+        is_followed = self._ghosts is not None and place in self._ghosts.followed
+        if is_followed and self._ghosts is not None and self._ghosts.request(numbers, 2 * len(given) <= seat.home.bank.count):
+            self._ranking.rank_by(self._scores.levels)
         if seat.foresight is not None and self._ended:
             seat.foresight.saw_idle(time.perf_counter() - self._ended)
 
@@ -389,5 +386,5 @@ class Conductor:
                 counts.prefetched,
                 counts.prefetch_hits,
                 counts.on_cpu,
-                self._ranking.scores.half_life,
+                self._scores.half_life,
             )

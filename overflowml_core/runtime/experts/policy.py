@@ -6,77 +6,85 @@ Lee et al., "LRFU: a spectrum of policies that subsumes the least recently used 
 Computers 50(12), 2001). A short half-life makes it LRU, a long one LFU. Scores are kept as logarithms at time 0, so that they need no
 ageing: all of them fade alike. An expert keeps its score while it is not cached.
 
-Note [choice of half-life]. Which half-life is best depends on the model and the text. So caches that hold nothing, one a half-life, are
-led through the same requests for a share of the banks, and the real one takes the half-life of that with the most hits.
+Note [choice of half-life]. Which half-life is best depends on the model and the text. So caches that hold nothing, one a half-life, are led
+through the same requests for a share of the banks, and the real one goes by the half-life of that with the most hits. All scores are kept
+for each of them, so that nothing is forgotten by a change. Hits of prompts that touch most experts do not count: they want whatever is
+there.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-HALF_LIVES = (1.0, 16.0, 64.0, 256.0, 1024.0)
-"""Tokens. The first is LRU in all but name."""
+HALF_LIVES = (4.0, 16.0, 64.0, 256.0)
+"""Tokens. On the traces of benchmarks/moe.py, 16 to 256 are within 7 % of each other and LRU finds up to a third less; 4 is for text that
+jumps."""
 
 FIRST_HALF_LIFE = 64.0
-"""Before anything was counted; the best or next to it over benchmarks/moe.py's traces."""
+"""Before anything was counted: within 1 % of the best on the traces of benchmarks/moe.py, at all sizes of the cache."""
 
 _NEVER = -math.inf
 
 
 class Scores:
-    """The scores of all experts by one half-life, cached or not; see note [score]."""
+    """The scores of all experts, cached or not, by several half-lives of which one counts; see note [score]."""
 
-    def __init__(self, count: int, half_life: float) -> None:
+    def __init__(self, count: int, half_life: float = FIRST_HALF_LIFE, others: Iterable[float] = HALF_LIVES) -> None:
         """All experts unused.
 
         Args:
             count: experts, known by their numbers from 0.
-            half_life: in tokens.
+            half_life: that counts, in tokens.
+            others: that may count later.
         """
+        self.by_half_life: dict[float, list[float]] = {life: [_NEVER] * count for life in {half_life, *others}}
         self.half_life = half_life
-        self.levels = [_NEVER] * count
 
-    def touch(self, expert: int, tokens: int, given: int, now: int) -> float:
+    @property
+    def levels(self) -> list[float]:
+        """The score of each expert by the half-life that counts, as a logarithm."""
+        return self.by_half_life[self.half_life]
+
+    def touch(self, expert: int, tokens: int, given: int, now: int) -> None:
         """Count a pass.
 
         Args:
             expert: that was asked for.
             tokens: of the pass.
             given: how many of them it was given.
-            now: tokens of all passes before.
-
-        Returns:
-            Its new score, as a logarithm.
+            now: tokens of all passes so far.
         """
-        life = self.half_life
-        # The tokens of a pass count as spread evenly over it.
-        share = 1.0 if tokens == 1 else life / math.log(2) * -math.expm1(-tokens * math.log(2) / life) / tokens
-        level = now / life + math.log2(given * share)
-        before = self.levels[expert]
-        high, low = (before, level) if before > level else (level, before)
-        self.levels[expert] = high if low == _NEVER else high + math.log2(1.0 + 2.0 ** max(low - high, -60.0))
-        return self.levels[expert]
+        for life, levels in self.by_half_life.items():
+            # The tokens of a pass count as spread evenly over it.
+            share = 1.0 if tokens == 1 else life / math.log(2) * -math.expm1(-tokens * math.log(2) / life) / tokens
+            level, before = now / life + math.log2(given * share), levels[expert]
+            high, low = (before, level) if before > level else (level, before)
+            levels[expert] = high if low == _NEVER else high + math.log2(1.0 + 2.0 ** max(low - high, -60.0))
 
     def seed(self, expert: int, share: float) -> None:
         """Take an expert for one that was given this share of all tokens for ever."""
-        self.levels[expert] = math.log2(share * self.half_life / math.log(2)) if share > 0 else _NEVER
+        for life, levels in self.by_half_life.items():
+            levels[expert] = math.log2(share * life / math.log(2)) if share > 0 else _NEVER
 
-    def change(self, half_life: float) -> None:
-        """Go on with another half-life. What is known of the past is when each expert would have been used once to have its score."""
-        factor = self.half_life / half_life
-        self.levels = [level * factor for level in self.levels]
-        self.half_life = half_life
+    def extend(self, count: int) -> None:
+        """Add experts that were never used."""
+        for levels in self.by_half_life.values():
+            levels += [_NEVER] * count
 
 
 class Ranking:
     """Cached experts by their scores."""
 
-    def __init__(self, scores: Scores) -> None:
-        """Rank none."""
-        self.scores = scores
+    def __init__(self, levels: list[float]) -> None:
+        """Rank none.
+
+        Args:
+            levels: scores of all experts; whoever changes them says so by :meth:`renew`.
+        """
         self.cached: set[int] = set()
+        self.levels = levels
         self._heap: list[tuple[float, int]] = []
 
     def add(self, expert: int) -> None:
@@ -86,13 +94,14 @@ class Ranking:
 
     def renew(self, expert: int) -> None:
         """The score of a cached expert has changed."""
-        heapq.heappush(self._heap, (self.scores.levels[expert], expert))
+        heapq.heappush(self._heap, (self.levels[expert], expert))
         if len(self._heap) > 8 * len(self.cached) + 64:
-            self.rebuild()
+            self.rank_by(self.levels)
 
-    def rebuild(self) -> None:
-        """All scores have changed."""
-        self._heap = [(self.scores.levels[expert], expert) for expert in self.cached]
+    def rank_by(self, levels: list[float]) -> None:
+        """Go by other scores."""
+        self.levels = levels
+        self._heap = [(levels[expert], expert) for expert in self.cached]
         heapq.heapify(self._heap)
 
     def drop(self, expert: int) -> None:
@@ -105,7 +114,7 @@ class Ranking:
         found = None
         while self._heap:
             level, expert = self._heap[0]
-            if expert not in self.cached or level != self.scores.levels[expert]:
+            if expert not in self.cached or level != self.levels[expert]:
                 heapq.heappop(self._heap)
             elif expert in held:
                 aside.append(heapq.heappop(self._heap))
@@ -120,29 +129,28 @@ class Ranking:
 class Ghost:
     """A cache that holds nothing, and counts what it would have found."""
 
-    def __init__(self, count: int, slots: int, half_life: float) -> None:
-        self._slots = slots
-        self._ranking = Ranking(Scores(count, half_life))
-        self.hits = 0.0
-
-    @property
-    def half_life(self) -> float:
-        """In tokens."""
-        return self._ranking.scores.half_life
-
-    def request(self, given: Mapping[int, int], tokens: int, now: int) -> None:
-        """Lead a pass of one bank through the cache.
+    def __init__(self, levels: list[float], slots: int) -> None:
+        """An empty one.
 
         Args:
-            given: by expert, how many tokens it is given.
-            tokens: of the pass.
-            now: tokens of all passes before.
+            levels: scores of all experts that it goes by.
+            slots: how many it has room for.
+        """
+        self._slots = slots
+        self._ranking = Ranking(levels)
+        self.hits = 0.0
+
+    def request(self, given: Iterable[int], counts: bool) -> None:
+        """Lead a pass of one bank through the cache, whose scores know of it already.
+
+        Args:
+            given: experts that are asked for.
+            counts: whether hits do.
         """
         ranking = self._ranking
-        for expert, count in given.items():
-            ranking.scores.touch(expert, tokens, count, now)
+        for expert in given:
             if expert in ranking.cached:
-                self.hits += 1
+                self.hits += counts
                 ranking.renew(expert)
                 continue
             if len(ranking.cached) >= self._slots:
@@ -156,53 +164,61 @@ class Ghosts:
     """Finds the half-life for a cache while it runs; see note [choice of half-life]."""
 
     _BANKS = 4
-    """Banks that are followed at most. A request costs each ghost about two microseconds."""
+    """Banks that are followed at most. A request costs each ghost about a microsecond."""
 
-    _REQUESTS = 512
+    _REQUESTS = 1024
     """After so many requests the ghosts are compared."""
 
     _MARGIN = 1.02
     """Times the hits of the present half-life that another one must have."""
 
-    _FADE = 0.5
+    _FADE = 0.75
     """Of the hits counted so far, what is left after a comparison: texts change."""
 
-    def __init__(self, banks: Sequence[Sequence[int]], slots: int) -> None:
+    def __init__(self, scores: Scores, banks: Sequence[Sequence[int]], slots: int) -> None:
         """Follow some of the banks.
 
         Args:
+            scores: of all experts.
             banks: the numbers of the experts of each.
             slots: of the real cache, for all banks together.
         """
         step = max(1, len(banks) // self._BANKS)
         chosen = list(range(0, len(banks), step))[: self._BANKS]
         self.followed = frozenset(chosen)
-        count = sum(len(bank) for bank in banks)
-        share = sum(len(banks[index]) for index in chosen) / max(count, 1)
+        self._scores = scores
+        share = sum(len(banks[index]) for index in chosen) / max(sum(len(bank) for bank in banks), 1)
         size = max(1, round(slots * share))
-        self._ghosts = [Ghost(count, size, half_life) for half_life in HALF_LIVES]
+        self._ghosts = {life: Ghost(levels, size) for life, levels in scores.by_half_life.items()}
         self._requests = 0
 
-    def request(self, given: Mapping[int, int], tokens: int, now: int) -> None:
-        """Lead a pass of a followed bank through all ghosts; arguments as for :meth:`Ghost.request`."""
-        self._requests += len(given)
-        for ghost in self._ghosts:
-            ghost.request(given, tokens, now)
+    def request(self, given: Mapping[int, int], counts: bool) -> bool:
+        """Lead a pass of a followed bank through all ghosts; another half-life counts from now on where it finds more.
 
-    def better(self, half_life: float) -> float | None:
-        """Another half-life that finds more than the present one does; None where there is none, or too little was seen."""
+        Args:
+            given: by expert, how many tokens it is given; the scores know of it already.
+            counts: whether its hits do.
+
+        Returns:
+            Whether another one counts now.
+        """
+        for ghost in self._ghosts.values():
+            ghost.request(given, counts)
+        self._requests += len(given) * counts
         if self._requests < self._REQUESTS:
-            return None
+            return False
         self._requests = 0
-        present = max((g.hits for g in self._ghosts if g.half_life == half_life), default=0.0)
-        best = max(self._ghosts, key=lambda ghost: ghost.hits)
-        is_better = best.half_life != half_life and best.hits > present * self._MARGIN
-        for ghost in self._ghosts:
+        present = self._scores.half_life
+        best = max(self._ghosts, key=lambda life: self._ghosts[life].hits)
+        is_better = self._ghosts[best].hits > self._ghosts[present].hits * self._MARGIN
+        for ghost in self._ghosts.values():
             ghost.hits *= self._FADE
-        return best.half_life if is_better else None
+        if is_better:
+            self._scores.half_life = best
+        return is_better
 
 
-def warmest(scores: Scores, count: int) -> list[int]:
+def warmest(levels: Sequence[float], count: int) -> list[int]:
     """The experts with the highest scores, the highest first; those that were never used are none of them."""
-    known = (expert for expert, level in enumerate(scores.levels) if level > _NEVER)
-    return heapq.nlargest(count, known, key=lambda expert: scores.levels[expert])
+    known = (expert for expert, level in enumerate(levels) if level > _NEVER)
+    return heapq.nlargest(count, known, key=lambda expert: levels[expert])

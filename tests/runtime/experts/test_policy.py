@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overflowml_core.runtime.experts.policy import FIRST_HALF_LIFE, HALF_LIVES, Ghost, Ghosts, Ranking, Scores, warmest
+from overflowml_core.runtime.experts.policy import HALF_LIVES, Ghost, Ghosts, Ranking, Scores, warmest
 
 uses = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=60)
 
 
 @given(uses, st.sampled_from(HALF_LIVES))
 def test_a_score_is_the_sum_of_faded_uses(history: list[tuple[int, int]], half_life: float) -> None:
-    scores, times, now = Scores(6, half_life), {e: [] for e in range(6)}, 0
+    scores, times, now = Scores(6, half_life), {e: [] for e in range(6)}, 0  # all other half-lives beside it
     for expert, step in history:
         now += step
         scores.touch(expert, 1, 1, now)
@@ -30,7 +30,7 @@ def test_a_score_is_the_sum_of_faded_uses(history: list[tuple[int, int]], half_l
 
 @given(st.integers(2, 500), st.sampled_from(HALF_LIVES))
 def test_a_pass_of_many_tokens_counts_as_spread_over_it(tokens: int, half_life: float) -> None:
-    at_once, one_by_one = Scores(1, half_life), Scores(1, half_life)
+    at_once, one_by_one = Scores(1, half_life, ()), Scores(1, half_life, ())
     at_once.touch(0, tokens, tokens, tokens)
     for now in range(1, tokens + 1):
         one_by_one.touch(0, 1, 1, now)
@@ -41,12 +41,13 @@ def test_a_pass_of_many_tokens_counts_as_spread_over_it(tokens: int, half_life: 
 @settings(max_examples=50)
 @given(uses, st.sets(st.integers(0, 5)), st.sets(st.integers(0, 5)))
 def test_the_coldest_has_the_lowest_score(history: list[tuple[int, int]], cached: set[int], held: set[int]) -> None:
-    ranking, now = Ranking(Scores(6, 16.0)), 0
+    scores, now = Scores(6, 16.0), 0
+    ranking = Ranking(scores.levels)
     for expert in cached:
         ranking.add(expert)
     for expert, step in history:
         now += step
-        ranking.scores.touch(expert, 1, 1, now)
+        scores.touch(expert, 1, 1, now)
         if expert in ranking.cached:
             ranking.renew(expert)
     free = cached - held
@@ -56,7 +57,7 @@ def test_the_coldest_has_the_lowest_score(history: list[tuple[int, int]], cached
             assert found is None
         else:
             assert found in free
-            assert ranking.scores.levels[found] == min(ranking.scores.levels[e] for e in free)
+            assert scores.levels[found] == min(scores.levels[e] for e in free)
 
 
 def zipf_trace(length: int, experts: int, seed: int, exponent: float = 1.1) -> list[int]:
@@ -64,63 +65,76 @@ def zipf_trace(length: int, experts: int, seed: int, exponent: float = 1.1) -> l
     return random.Random(seed).choices(range(experts), weights, k=length)
 
 
+def led(trace: list[int], slots: int, half_life: float) -> float:
+    """Hits of a cache that goes by one half-life."""
+    scores = Scores(max(trace) + 1, half_life, ())
+    ghost = Ghost(scores.levels, slots)
+    for now, expert in enumerate(trace):
+        scores.touch(expert, 1, 1, now)
+        ghost.request([expert], True)
+    return ghost.hits
+
+
 def test_a_short_half_life_is_lru() -> None:
-    ghost, lru, hits = Ghost(40, 8, 0.01), OrderedDict[int, None](), 0
-    for now, expert in enumerate(zipf_trace(600, 40, 1)):
-        ghost.request({expert: 1}, 1, now)
+    trace, lru, hits = zipf_trace(600, 40, 1), OrderedDict[int, None](), 0
+    for expert in trace:
         hits += expert in lru
         lru[expert] = None
         lru.move_to_end(expert)
         if len(lru) > 8:
             lru.popitem(last=False)
-    assert ghost.hits == hits
+    assert led(trace, 8, 0.01) == hits
 
 
 def test_frequency_finds_more_where_use_is_skewed_and_steady() -> None:
-    found = {}
-    for half_life in HALF_LIVES:
-        ghost = Ghost(64, 12, half_life)
-        for now, expert in enumerate(zipf_trace(6000, 64, 2)):
-            ghost.request({expert: 1}, 1, now)
-        found[half_life] = ghost.hits
-    assert found[1024.0] > 1.1 * found[1.0]
+    trace = zipf_trace(6000, 64, 2)
+    assert led(trace, 12, 1024.0) > 1.1 * led(trace, 12, 1.0)
+
+
+def followed(scores: Scores, ghosts: Ghosts, trace: list[int], counts: bool = True) -> list[float]:
+    """The half-life that counts after each request."""
+    seen = []
+    for now, expert in enumerate(trace):
+        scores.touch(expert, 1, 1, now)
+        ghosts.request({expert: 1}, counts)
+        seen.append(scores.half_life)
+    return seen
 
 
 def test_ghosts_go_over_to_what_finds_more() -> None:
-    ghosts, half_life, now = Ghosts([range(64), range(64, 128)], 24), 1.0, 0
-    seen = [half_life]
-    for now, expert in enumerate(zipf_trace(4000, 64, 3)):
-        assert ghosts.followed == {0, 1}
-        ghosts.request({expert: 1}, 1, now)
-        half_life = ghosts.better(half_life) or half_life
-        seen.append(half_life)
-    assert seen[0] == 1.0
-    assert half_life >= 64.0
-    assert len(set(seen[-500:])) <= 2
+    scores = Scores(128, 4.0)
+    ghosts = Ghosts(scores, [range(64), range(64, 128)], 24)
+    assert ghosts.followed == {0, 1}
+    seen = followed(scores, ghosts, zipf_trace(8000, 64, 3))
+    assert seen[0] == 4.0
+    assert seen[-1] >= 64.0
 
 
 def test_ghosts_follow_text_that_drifts() -> None:
     # A new set of experts every 40 tokens, each used over and over: what counts is the latest.
-    ghosts, half_life = Ghosts([range(400)], 8), 1024.0
-    draw = random.Random(4)
-    for now in range(4000):
-        base = now // 40 * 7 % 390
-        ghosts.request({base + draw.randrange(6): 1}, 1, now)
-        half_life = ghosts.better(half_life) or half_life
-    assert half_life <= 64.0
+    draw, scores = random.Random(4), Scores(400, 256.0)
+    trace = [now // 40 * 7 % 390 + draw.randrange(6) for now in range(6000)]
+    assert followed(scores, Ghosts(scores, [range(400)], 8), trace)[-1] <= 16.0
+
+
+def test_prompts_decide_nothing() -> None:
+    scores = Scores(64, 4.0)
+    seen = followed(scores, Ghosts(scores, [range(64)], 12), zipf_trace(4000, 64, 3), counts=False)
+    assert set(seen) == {4.0}
 
 
 def test_only_some_of_many_banks_are_followed() -> None:
-    ghosts = Ghosts([range(8 * i, 8 * i + 8) for i in range(48)], 100)
+    scores = Scores(8 * 48)
+    ghosts = Ghosts(scores, [range(8 * i, 8 * i + 8) for i in range(48)], 100)
     assert len(ghosts.followed) == 4
 
 
-def test_seeds_and_changes_keep_the_order() -> None:
-    scores = Scores(4, FIRST_HALF_LIFE)
+def test_seeds_keep_the_order_for_each_half_life() -> None:
+    scores = Scores(4)
     for expert, share in enumerate((0.5, 0.0, 2.0, 1.0)):
         scores.seed(expert, share)
-    assert warmest(scores, 2) == [2, 3]
-    assert warmest(scores, 9) == [2, 3, 0]
-    scores.change(256.0)
-    assert warmest(scores, 9) == [2, 3, 0]
-    assert scores.levels[1] == -math.inf
+    for half_life in HALF_LIVES:
+        scores.half_life = half_life
+        assert warmest(scores.levels, 2) == [2, 3]
+        assert warmest(scores.levels, 9) == [2, 3, 0]
+        assert scores.levels[1] == -math.inf

@@ -1,0 +1,169 @@
+"""Predicted against measured seconds of a token, for caches of several sizes. Each budget is a load in a process and group of its own.
+
+What earlier runs counted of the experts, and what was measured of the machine and the model's own operations, lies in the run's own cache
+folder, as it would in a user's after a first session.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+from moe_contest import IMPORTS, SCRIPT, Settings, hit_rate
+from report import Report
+from stream_model import weight_files
+from stream_system import drop_cache, make_cage
+from stream_worker import SideFailed, Worker
+
+WARM_TOKENS = 24
+"""Of another answer before the clock runs: a cache that the plan takes for warm shall be."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """One budget.
+
+    Attributes:
+        budget_bytes: of the load.
+        cache_bytes: what its plan left to experts.
+        strategy: of the plan that ran.
+        predicted_s, measured_s: of a token.
+        predicted_prefill_s, measured_prefill_s: of the prompt.
+        hit_rate: of the tokens that were measured; None where no experts ran apart.
+    """
+
+    budget_bytes: int
+    cache_bytes: int
+    strategy: str
+    predicted_s: float
+    measured_s: float
+    predicted_prefill_s: float | None
+    measured_prefill_s: float
+    hit_rate: float | None
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, as a share of what was measured."""
+        return self.predicted_s / self.measured_s - 1
+
+
+def calibrate(settings: Settings) -> float:
+    """Measure the machine and the model's operations, without a memory limit. Returns seconds.
+
+    Raises:
+        SideFailed: it cannot be done.
+    """
+    worker = Worker("calibrate", settings.work / "calibrate.log", script=SCRIPT)
+    try:
+        worker.ready(IMPORTS["ours"], settings.threads)
+        seconds: float = worker.ask("calibrate", model=str(settings.model), **settings.workload)["seconds"]
+        return seconds
+    finally:
+        worker.close()
+
+
+def budgets_of(settings: Settings, shares: tuple[float, ...], bank_bytes: int) -> list[int]:
+    """Budgets that leave about these shares of all experts to the cache; what else a plan needs is taken from one for the present budget.
+
+    Args:
+        settings: of the run.
+        shares: of ``bank_bytes``.
+        bank_bytes: of all experts of all layers.
+
+    Raises:
+        SideFailed: the plan for the present budget keeps no experts apart.
+    """
+    worker = Worker("predict", settings.work / "predict.log", script=SCRIPT)
+    try:
+        worker.ready(IMPORTS["ours"], settings.threads)
+        cache_bytes = _predicted(worker, settings, settings.budget_bytes)["expert_cache_bytes"]
+    finally:
+        worker.close()
+    if not cache_bytes:
+        raise SideFailed(f"the plan for a budget of {settings.budget_bytes} bytes keeps no experts apart")
+    return [settings.budget_bytes - cache_bytes + int(share * bank_bytes) for share in shares]
+
+
+def _predicted(worker: Worker, settings: Settings, budget_bytes: int) -> dict[str, Any]:
+    return worker.ask("predict", model=str(settings.model), budget_bytes=budget_bytes, **settings.workload)
+
+
+def measure(settings: Settings, budgets: list[int], report: Report, notes: list[str]) -> list[Size]:
+    """Predict and measure each budget, and add the worst error."""
+    sizes = []
+    for number, budget_bytes in enumerate(budgets):
+        try:
+            sizes.append(_size(replace(settings, budget_bytes=budget_bytes), number))
+        except SideFailed as error:
+            notes.append(f"a budget of {budget_bytes} bytes: {error}")
+            print(notes[-1], file=sys.stderr, flush=True)
+            continue
+        one = sizes[-1]
+        print(
+            f"# {budget_bytes / 1e9:.2f} GB: predicted {one.predicted_s:.3f} s, {one.measured_s:.3f} s a token", file=sys.stderr, flush=True
+        )
+    if sizes:
+        report.add("prediction.max_rel_error", max(abs(size.error) for size in sizes), f"of a token's seconds, over {len(sizes)} caches")
+        report.add("prediction.mean_rel_error", statistics.fmean(abs(size.error) for size in sizes), "of a token's seconds")
+    return sizes
+
+
+def _size(settings: Settings, number: int) -> Size:
+    cage = make_cage(f"overflowml-moe-size-{number}-{os.getpid()}", settings.limit_bytes)
+    worker = Worker("ours", settings.work / f"size-{number}.log", cage=cage, script=SCRIPT)
+    try:
+        worker.ready(IMPORTS["ours"], settings.threads)
+        loaded = worker.load("ours", settings.model, settings.work / f"scratch-size-{number}", settings.budget_bytes)["told"]
+        # A load knows no workload, and keeps more for activations: what is predicted is a cache of the size that it has.
+        predicted = _predicted(worker, settings, settings.budget_bytes)
+        beyond_bytes = predicted["expert_cache_bytes"] - loaded["expert_cache_bytes"]
+        if beyond_bytes and loaded["expert_cache_bytes"]:
+            predicted = _predicted(worker, settings, settings.budget_bytes - beyond_bytes)
+        if predicted["token_s"] is None:
+            raise SideFailed("its plan predicts no time")
+        drop_cache(weight_files(settings.model))
+        worker.ask("answer", **settings.answer_of(300 + number, settings.prompt_tokens, WARM_TOKENS))
+        answer = worker.ask("answer", **settings.answer_of(200 + number, settings.prompt_tokens, settings.new_tokens))
+        return _sized(settings, predicted, answer)
+    finally:
+        worker.close()
+        if cage is not None:
+            cage.remove()
+
+
+def _sized(settings: Settings, predicted: dict[str, Any], answer: dict[str, Any]) -> Size:
+    return Size(
+        budget_bytes=settings.budget_bytes,
+        cache_bytes=answer["told"]["expert_cache_bytes"],
+        strategy=answer["told"]["strategy"],
+        predicted_s=predicted["token_s"],
+        measured_s=statistics.fmean(answer["seconds"]),
+        predicted_prefill_s=predicted["passes"].get("prefill"),
+        measured_prefill_s=answer["prefill_s"],
+        hit_rate=hit_rate([(answer["told_before"], answer["told"])]),
+    )
+
+
+def table(sizes: list[Size]) -> str:
+    """The sizes as Markdown."""
+    lines = [
+        "| budget | cache of experts | plan | hit rate | token predicted | measured | off by | prefill predicted | measured |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for size in sizes:
+        cells = [
+            f"{size.budget_bytes / 1e9:.2f} GB",
+            f"{size.cache_bytes / 1e9:.2f} GB",
+            size.strategy,
+            "" if size.hit_rate is None else f"{size.hit_rate:.3f}",
+            f"{size.predicted_s:.3f} s",
+            f"{size.measured_s:.3f} s",
+            f"{size.error:+.1%}",
+            "" if size.predicted_prefill_s is None else f"{size.predicted_prefill_s:.2f} s",
+            f"{size.measured_prefill_s:.2f} s",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
