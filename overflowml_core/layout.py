@@ -10,8 +10,7 @@ SLAB_ALIGNMENT_BYTES = 512
 kernels see in a slab what they see in a tensor of their own, and the plan counts what the allocator counts."""
 
 EXPERT_SPARE_BYTES = 8192
-"""Of a slot for an expert in RAM beyond its record: two pages, so that the whole pages that hold it in its file can be read straight into the
-slot."""
+"""Of a slot for an expert in RAM beyond its record: two pages, so that whole pages around it in its file are read straight into it."""
 
 
 def align(nbytes: int) -> int:

@@ -53,6 +53,9 @@ class PassEstimate:
         transfer_s: copies that it starts, one after the other; most of them run while something computes.
         stall_s: what computing waits: ``pass_s`` less ``compute_s``.
         bound_by: what works longest in a pass: "compute", "memory", "link", "disk", or None.
+        expert_bytes: of the different routed experts that it asks for, where these are offloaded.
+        missed_expert_bytes: of them, those that the cache does not hold.
+        expert_hit_rate: share of them, by their number, that it does; None where none are offloaded.
     """
 
     component: str
@@ -64,6 +67,9 @@ class PassEstimate:
     transfer_s: float | None = None
     stall_s: float | None = None
     bound_by: str | None = None
+    expert_bytes: int = 0
+    missed_expert_bytes: int = 0
+    expert_hit_rate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,14 @@ def _seconds(value: object, what: str) -> float | None:
     return float(value)
 
 
+def _share(value: object, what: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise BadPlan(f"plan: {what}={value!r} is no share from 0 to 1; make the plan again")
+    return float(value)
+
+
 def _rate(value: object, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _FASTEST:
         raise BadPlan(f"plan: {what}={value!r} is not a rate; make the plan again")
@@ -119,6 +127,10 @@ def _read_pass(document: Mapping[str, Any]) -> PassEstimate:
         activation_bytes=_count(document["activation_bytes"], "activation_bytes"),
         **{name: _seconds(document[name], name) for name in _TIMED},
         bound_by=_bound(document["bound_by"]),
+        # Plans that were written before these were told have none of them.
+        expert_bytes=_count(document.get("expert_bytes", 0), "expert_bytes"),
+        missed_expert_bytes=_count(document.get("missed_expert_bytes", 0), "missed_expert_bytes"),
+        expert_hit_rate=_share(document.get("expert_hit_rate"), "expert_hit_rate"),
     )
 
 

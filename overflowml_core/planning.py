@@ -29,11 +29,11 @@ def detect() -> Machine:
     return detect_machine(plugins().accelerators(), environment.cache_folder())
 
 
-CARRIED_OUT = frozenset({"variants", "formats"})
+CARRIED_OUT = frozenset({"variants", "formats", "experts"})
 """What this version carries out beyond residency and streaming. A plan for a model that can be loaded keeps to it, so that what is read
 before is what happens afterwards."""
 
-FORECAST = CARRIED_OUT | {"experts", "devices", "missing formats"}
+FORECAST = CARRIED_OUT | {"formats of experts", "devices", "missing formats"}
 """What the planner knows. A size without a model behind it is planned with all of it."""
 
 _QUALITY_LOADED, _QUALITY_FORECAST = "lossless", "minimal"

@@ -73,4 +73,6 @@ def carried_out(strategy: str) -> bool:
     kind, *rest = strategy.split()
     needs = {_ABILITIES[kind]} if kind in _ABILITIES else set()
     needs |= {"variants" if word in _VARIANTS else "formats" for word in rest}
+    if kind == "experts" and "formats" in needs:
+        needs.add("formats of experts")
     return needs <= session.abilities_of(False)

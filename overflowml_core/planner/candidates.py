@@ -24,6 +24,9 @@ QUALITY_ORDER = ("lossless", "minimal", "any")
 MISSING = "missing formats"
 """The ability to plan with formats into which nothing converts weights on this machine, as forecasts do."""
 
+EXPERT_FORMATS = "formats of experts"
+"""The ability to convert blocks whose experts are kept apart from them, as forecasts do."""
+
 
 @dataclass(slots=True)
 class Candidate:
@@ -98,6 +101,8 @@ class Candidate:
         for draft, phase in zip(self.drafts, self.homes, strict=True):
             for size, stays, home in zip(draft.need.sizes_bytes, draft.residency.resident, phase.blocks, strict=True):
                 total += size * (draft.need.passes if not stays else home is not Tier.DEVICE)
+        for draft, part in zip(self.drafts, self.forecasts, strict=False):
+            total += draft.need.passes * part.estimate.streamed_bytes if draft.expert_cache_bytes else 0
         return total
 
 

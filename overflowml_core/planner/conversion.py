@@ -19,6 +19,7 @@ class Weight:
         format: name of the format of its linear weights; empty where they stay as stored.
         slab_bytes: of all its weights.
         expert_bytes: of one routed expert; 0 where it has none.
+        dense_bytes: of all its weights but the routed experts, where these are kept apart.
         conversion: what the format does to the time of its matrix products.
         workspace_bytes: that decoding its largest converted weight takes for a moment.
     """
@@ -28,6 +29,7 @@ class Weight:
     expert_bytes: int
     conversion: Conversion
     workspace_bytes: int = 0
+    dense_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,26 +49,38 @@ def weigh(block: Block, chosen: Format | None) -> Weight:
 
     Where the shapes of its linear weights are known, and the parts that the format makes of them, the bytes of the slab are exact: those
     that the runtime lays out. Else linear weights take ``bits_per_weight`` in place of the bits of the block's prevailing floating-point
-    dtype. Experts shrink with them where they are so large that they must contain them.
+    dtype. Experts shrink with them where they are so large that they must contain them; the bytes of the block without them are an
+    estimate then.
 
     Args:
         block: as it is stored.
         chosen: the format, None to leave it as it is.
     """
     experts = block.experts
-    as_stored = Weight(AS_STORED, block.slab_bytes, experts.nbytes if experts is not None else 0, AS_IT_IS)
+    as_stored = Weight(AS_STORED, block.slab_bytes, experts.nbytes if experts is not None else 0, AS_IT_IS, 0, _dense_bytes(block))
     if chosen is None or block.keep_format or block.linear_count <= 0:
         return as_stored
     change = _exact(block, chosen) if block.linears and chosen.parts else _estimated(block, chosen)
     if change is None or change.slab_bytes >= block.slab_bytes:
         return as_stored
-    expert_bytes = 0
+    expert_bytes, dense_bytes = 0, change.slab_bytes
     if experts is not None:
         contained = experts.count * experts.nbytes <= change.linear_bytes
         expert_bytes = align(ceil(experts.nbytes * change.shrink)) if contained else experts.nbytes
+        apart_bytes = experts.count * expert_bytes if contained else block.slab_bytes - as_stored.dense_bytes
+        dense_bytes = max(0, change.slab_bytes - apart_bytes)
     decoded_per_s = chosen.decode_bytes_per_s / change.converted_share
     workspace_bytes = align(change.largest_count * chosen.decoding_bytes)
-    return Weight(chosen.name, change.slab_bytes, expert_bytes, Conversion(change.shrink, decoded_per_s), workspace_bytes)
+    conversion = Conversion(change.shrink, decoded_per_s)
+    return Weight(chosen.name, change.slab_bytes, expert_bytes, conversion, workspace_bytes, dense_bytes)
+
+
+def _dense_bytes(block: Block) -> int:
+    experts = block.experts
+    if experts is None:
+        return block.slab_bytes
+    # A size without tensors behind it has no layout: experts may then take more than their block by their alignment.
+    return experts.dense_bytes or max(0, block.slab_bytes - experts.count * experts.nbytes)
 
 
 def _exact(block: Block, chosen: Format) -> _Change | None:

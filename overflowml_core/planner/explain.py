@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from textwrap import wrap
 
-from overflowml_core.facts import Tier
-from overflowml_core.plan import PhasePlan, Placement, Plan
+from overflowml_core.activations import ASSUMED_TOKENS
+from overflowml_core.facts import Tier, Workload
+from overflowml_core.plan import PassEstimate, PhasePlan, Placement, Plan
 from overflowml_core.units import format_bytes, format_seconds
 
 _WIDTH = 100
@@ -15,6 +16,7 @@ _NAME_WIDTH = 22
 _RESIDENT, _STREAMED, _BOTH = "■", "□", "▣"
 _HEADINGS = ("phase", "weights", "resident", "streamed", "slots", "activations", "peak", "waits in")
 _TIER_WORDS = {Tier.PINNED: "pinned", Tier.RAM: "RAM", Tier.DISK: "disk"}
+_BOUND_WORDS = {"link": "copies to the device", "disk": "reads from disk", "memory": "the device's memory", "compute": "arithmetic"}
 _STRATEGY_WORDS = {
     "direct": "everything stays on the device; nothing is streamed",
     "phased": "the phases take turns on the device; nothing is streamed within one",
@@ -121,6 +123,7 @@ def _prediction(plan: Plan) -> list[str]:
     for phase in plan.phases:
         if phase.expert_cache_bytes:
             lines.append(f"cache of experts: {format_bytes(phase.expert_cache_bytes)} of the device")
+            lines += _expert_passes(phase, plan.workload)
         if phase.streamed:
             moved = f"{format_bytes(phase.estimate.streamed_bytes)} streamed{_transfer(phase.estimate.transfer_s)}"
             lines.append(f"per pass of {_phase_name(phase)}: {moved}")
@@ -129,6 +132,24 @@ def _prediction(plan: Plan) -> list[str]:
     if parts:
         lines.append(f"outside the device: {', '.join(parts)}")
     return [folded for line in lines for folded in _folded(line)]
+
+
+def _expert_passes(phase: PhasePlan, workload: Workload) -> Iterable[str]:
+    for one in phase.passes:
+        if one.expert_hit_rate is None:
+            continue
+        found = f"{100 * one.expert_hit_rate:.0f} % of {format_bytes(one.expert_bytes)} of experts are in the cache"
+        missed = f"{format_bytes(one.missed_expert_bytes)} are brought in"
+        limit = f"; bound by {_BOUND_WORDS[one.bound_by]}" if one.bound_by in _BOUND_WORDS else ""
+        yield f"per {one.name} of {one.component}: {found}, {missed}{limit}{_rate(one, workload)}"
+
+
+def _rate(one: PassEstimate, workload: Workload) -> str:
+    if not one.pass_s or one.name not in ("prefill", "token"):
+        return ""
+    tokens = workload.batch * ((workload.prompt_tokens or ASSUMED_TOKENS) if one.name == "prefill" else 1)
+    assumed = f" (a prompt of {ASSUMED_TOKENS} assumed)" if one.name == "prefill" and not workload.prompt_tokens else ""
+    return f"; {tokens / one.pass_s:.3g} tokens a second{assumed}"
 
 
 def _times(plan: Plan) -> Iterable[str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from overflowml_core.facts import Tier
 from overflowml_core.plan import PhasePlan
 from overflowml_core.planner.candidates import Candidate
+from overflowml_core.planner.expert_pace import slot_bytes
 from overflowml_core.planner.homes import Draft
 from overflowml_core.planner.setting import Setting
 from overflowml_core.units import format_bytes, format_seconds
@@ -93,13 +94,22 @@ def _expert_sentences(draft: Draft, phase: PhasePlan, setting: Setting) -> Itera
         for (_, block), weight, place in zip(draft.need.blocks, draft.need.weights, phase.placements, strict=True)
         if block.experts is not None and place.experts_home is not None
     ]
+    count = sum(experts.count for experts, _ in banks)
     total = sum(experts.count * nbytes for experts, nbytes in banks)
     active = sum(experts.per_token * nbytes for experts, nbytes in banks)
-    share = draft.expert_cache_bytes / total if total else 1.0
+    slots = draft.expert_cache_bytes // slot_bytes(max(nbytes for _, nbytes in banks), setting.in_ram)
     yield (
-        f"{phase.name}: {format_bytes(total)} of experts wait outside, {format_bytes(draft.expert_cache_bytes)} of the device cache "
-        f"{100 * share:.0f} % of them; a token uses {format_bytes(active)}"
+        f"{phase.name}: {count} experts wait outside, {format_bytes(total)}; a cache of {format_bytes(draft.expert_cache_bytes)} holds "
+        f"{slots} of them ({100 * slots / count:.0f} %); a token uses {format_bytes(active)}"
     )
+    known = "by what earlier runs asked for" if all(experts.heat for experts, _ in banks) else "as published of other models"
+    for one in phase.passes:
+        if one.expert_hit_rate is not None:
+            at = f" at {format_bytes(round(one.missed_expert_bytes / one.transfer_s))}/s" if one.transfer_s else ""
+            yield (
+                f"{one.component} {one.name}: {100 * one.expert_hit_rate:.0f} % of the experts that it asks for are in the cache, {known}; "
+                f"{format_bytes(one.missed_expert_bytes)} of missed experts{at}"
+            )
 
 
 def _activation_sentences(drafts: Sequence[Draft], setting: Setting) -> Iterator[str]:

@@ -10,7 +10,7 @@ from overflowml_core.formats import Format
 from overflowml_core.plan import PhasePlan, Plan
 from overflowml_core.planner.devices import costs_of, split_run
 from overflowml_core.planner.estimates import PhaseRun, plain_run
-from overflowml_core.planner.experts import expert_run
+from overflowml_core.planner.expert_pace import expert_run
 from overflowml_core.planner.homes import Draft, PhaseHomes
 from overflowml_core.planner.machinery import Step
 from overflowml_core.planner.pace import machinery_of, steps_of
@@ -128,8 +128,7 @@ def timeline_of(plan: Plan, network: Network, machine: Machine, formats: Sequenc
 
 def _run_of(draft: Draft, homes: PhaseHomes, setting: Setting, takes_turns: bool) -> PhaseRun | None:
     if draft.expert_cache_bytes:
-        found = expert_run(draft, homes, setting, takes_turns)
-        return None if found is None else found[0]
+        return expert_run(draft, homes, setting, takes_turns)
     if draft.devices:
         return split_run(draft, homes, setting, costs_of(setting), takes_turns)
     return plain_run(draft, homes, setting, takes_turns)

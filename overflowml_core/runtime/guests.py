@@ -47,7 +47,8 @@ class Arrivals:
 
         def module_came(module: nn.Module, name: str, child: nn.Module | None) -> None:
             watcher = me()
-            if watcher is not None and child is not None and watcher.knows(module):
+            # One that is put where it is already, as routers do that cast what they classify with on every call, is no arrival.
+            if watcher is not None and child is not None and module._modules.get(name) is not child and watcher.knows(module):
                 watcher._welcome(child)
 
         def parameter_came(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

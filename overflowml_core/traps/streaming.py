@@ -126,11 +126,11 @@ def _pinned_relevance(plan: Plan, network: Network, machine: Machine) -> str:
 def _cache_step(plan: Plan, network: Network, machine: Machine) -> Step | None:
     for phase in plan.phases:
         banks = [block.experts for component in _in_phase(phase, network) for block in component.blocks if block.experts is not None]
-        floor = sum(bank.per_token * bank.nbytes for bank in banks)
+        floor = 2 * max((bank.nbytes for bank in banks if bank.separable), default=0)
         if 0 < phase.expert_cache_bytes < floor:
             reason = (
-                f"{phase.name}: a cache of {format_bytes(phase.expert_cache_bytes)} does not hold the experts of one token, "
-                f"{format_bytes(floor)}: every token would evict what the next one needs"
+                f"{phase.name}: a cache of {format_bytes(phase.expert_cache_bytes)} does not hold two experts, "
+                f"{format_bytes(floor)}: each one would wait for the one before it to leave"
             )
             return Step((("strategy", plan.strategy),), reason)
     return None
@@ -188,9 +188,10 @@ TRAPS: tuple[Trap, ...] = (
     Trap(
         name="expert-cache-too-small",
         kind="plan",
-        applies_when="routed experts are cached on the device in fewer slots than one token uses",
+        applies_when="routed experts are cached on the device in fewer slots than one token uses, and the latest ones are kept",
         symptom="no hit at all, and slower than without a cache",
-        what_we_do="a plan with such a cache is refused; the experts are streamed with their layers instead",
+        what_we_do="what is used most stays, whatever comes in between, and slots are for all layers together; a plan whose cache does not "
+        "hold two experts is refused",
         evidence=("kekzl/imp #1365", "kekzl/imp #1375"),
         step=_cache_step,
     ),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from overflowml_core.errors import Managed
+from overflowml_core.errors import Managed, Unsupported
 
 NAME = "overflowml"
 
@@ -51,10 +51,18 @@ def forward(self: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any,
         top_k_index: (tokens, k) numbers of experts.
         top_k_weights: (tokens, k).
         args, kwargs: what the host hands over beyond these.
+
+    Raises:
+        Unsupported: the module is managed, and something stands between it and its weights.
     """
     call = vars(self).get(_CALL)
     if call is None:
         call = _former(self)
+    elif "parametrizations" in self._modules:  # torch.nn.utils.parametrize, by which PEFT adds adapters to parameters
+        raise Unsupported(
+            f"{type(self).__name__}: its weights are parametrized, as by adapters on experts, and experts that are apart from their block "
+            "compute with what they were; merge the adapter into the model before it is managed, or release the model"
+        )
     return call(self, hidden_states, top_k_index, top_k_weights, *args, **kwargs)
 
 

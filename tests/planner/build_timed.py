@@ -41,7 +41,7 @@ RATES = Rates(
 FP8 = Format("fp8", 8, "minimal", 0.02)
 INT8 = Format("int8", 8, "minimal", 0.01, decode_bytes_per_s=1e12)
 INT4 = Format("int4", 4, "any", 0.1)
-ALL = frozenset({"formats", "experts", "devices", "variants"})
+ALL = frozenset({"formats", "experts", "formats of experts", "devices", "variants"})
 ONE_DEVICE = ALL - {"devices"}
 
 

@@ -60,7 +60,7 @@ def test_a_mixture_of_120_billion_offloads_its_experts_as_stored():
     active_bytes = sum(b.experts.per_token * b.experts.nbytes for b in net.components[0].blocks)
     token = phase.passes[1]
     assert token.transfer_s == pytest.approx(0.2 * active_bytes / (55 * GB), rel=0.1)
-    assert token.pass_s == pytest.approx(token.compute_s + token.transfer_s)
+    assert token.transfer_s < token.pass_s < token.compute_s + token.transfer_s  # experts that are there compute while others come in
     stream = next(r for r in plan.rejected if r.strategy == "stream")
     assert stream.viable
     assert stream.estimate.total_s > 20 * plan.estimate.total_s

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 
 from overflowml_core.errors import DoesNotFit
-from overflowml_core.facts import Accelerator, ComputeRate, Experts, Limits, Rates, Tier, Workload
+from overflowml_core.facts import Accelerator, ComputeRate, Limits, Rates, Workload
 from overflowml_core.plan import Plan
 from overflowml_core.planner import make_plan
-from overflowml_core.planner.experts import hit_share, touched_experts
 from tests.planner.build import GIB, MIB, granted, llm, network
-from tests.planner.build_timed import ALL, FP8, INT4, INT8, ONE_DEVICE, RATES, language, mixture, on, timed, vae
+from tests.planner.build_timed import ALL, FP8, INT4, INT8, ONE_DEVICE, RATES, language, on, timed, vae
 
 FORMATS = (FP8, INT8, INT4)
 
@@ -154,64 +153,6 @@ def test_a_variant_that_cannot_be_carried_out_is_told():
     with pytest.raises(DoesNotFit) as caught:
         _plan(net, abilities=frozenset(), device_memory="3GiB")
     assert "smaller reserve or workload" in str(caught.value)
-
-
-# ---- experts
-
-
-def test_a_mixture_keeps_its_dense_part_and_a_cache():
-    plan = _plan(mixture(), device_memory="800MiB", formats=(), work=Workload(prompt_tokens=64, new_tokens=33))
-    (phase,) = plan.phases
-    assert plan.strategy == "experts"
-    assert phase.expert_cache_bytes == 800 * MIB - 32 * MIB - 4 * 64 * MIB - 16 * MIB
-    assert {p.tier for p in phase.placements} == {Tier.DEVICE}
-    assert {p.experts_home for p in phase.placements} == {Tier.PINNED}
-    assert plan.estimate.pinned_bytes == 4 * 64 * 8 * MIB
-    assert plan.estimate.device_peak_bytes == 800 * MIB
-    assert _rejected(plan)["stream"].viable
-    assert Plan.from_json(plan.to_json()) == plan
-    assert "of experts wait outside" in plan.summary()
-
-
-def test_experts_wait_on_disk_where_ram_is_short():
-    plan = _plan(mixture(), on(device=2**40, host=GIB), formats=(), device_memory="800MiB", host_memory="600MiB")
-    homes = [p.experts_home for p in plan.phases[0].placements]
-    assert Tier.DISK in homes
-    assert plan.estimate.pinned_bytes + plan.estimate.ram_bytes <= 600 * MIB
-
-
-def test_with_too_little_for_the_dense_part_experts_are_no_way():
-    plan = _plan(mixture(), formats=(), device_memory="700MiB", excluded=frozenset({("strategy", "experts")}))
-    assert plan.strategy == "stream"
-    other = _rejected(_plan(mixture(dense_bytes=200 * MIB), formats=(), device_memory="830MiB"))["experts"]
-    assert not other.viable
-    assert other.reason.startswith("model without its experts needs ")
-
-
-def test_a_fast_cpu_computes_what_is_missed():
-    slow = on(device=2**40)
-    fast = replace(slow, cpu_rates=Rates(0, 0, 0, memory_bytes_per_s=100e9, compute=(ComputeRate("matmul", "BF16", 1e12),)))
-    one, other = (_plan(mixture(), m, formats=(), device_memory="440MiB") for m in (slow, fast))
-    assert (one.strategy, other.strategy) == ("experts", "experts")
-    assert other.estimate.token_s < one.estimate.token_s
-
-
-def test_hits_follow_what_was_measured():
-    bank = Experts(512, 1, 8)
-    assert hit_share(bank, 64, 8) == pytest.approx(0.67)
-    assert hit_share(bank, 128, 8) == pytest.approx(0.81)
-    assert hit_share(bank, 23, 8) == 0
-    assert hit_share(bank, 512, 8) == hit_share(bank, 600, 512) == 1
-    assert hit_share(bank, 128, 500) == 0.25
-    shares = [hit_share(bank, slots, 8) for slots in range(24, 513)]
-    assert shares == sorted(shares)
-
-
-def test_few_tokens_touch_few_experts():
-    bank = Experts(128, 1, 8)
-    assert touched_experts(bank, 1) == pytest.approx(8)
-    assert 100 < touched_experts(bank, 32) < 128
-    assert touched_experts(bank, 10**9) == 128
 
 
 # ---- other devices

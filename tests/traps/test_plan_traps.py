@@ -132,8 +132,8 @@ CASES: dict[str, Cases] = {
         irrelevant=lambda: _streamed(_small(), where=machine(pinnable=16 * GIB)),
     ),
     "expert-cache-too-small": Cases(
-        steps=lambda: _phase_changed(_streamed(_moe()), expert_cache_bytes=4 * 4 * 15 * MIB - 1),
-        spared=lambda: _phase_changed(_streamed(_moe()), expert_cache_bytes=4 * 4 * 15 * MIB),
+        steps=lambda: _phase_changed(_streamed(_moe()), expert_cache_bytes=2 * 15 * MIB - 1),
+        spared=lambda: _phase_changed(_streamed(_moe()), expert_cache_bytes=2 * 15 * MIB),
         excludes=(("strategy", "stream"),),
     ),
     "experts-moved-whole": Cases(
