@@ -40,6 +40,8 @@ class Arrivals:
         self.replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
         """Parameters that were put where a watched module may have had another one: module, attribute, the new one."""
         self._known: dict[int, weakref.ref[nn.Module]] = {}
+        self._shapes: dict[int, list[torch.Size]] = {}
+        """By id of a watched module, those of its parameters when it came."""
         self._listeners: list[Callable[[nn.Module], None]] = []
         for module in modules:
             self._watch(module)
@@ -47,8 +49,10 @@ class Arrivals:
 
         def module_came(module: nn.Module, name: str, child: nn.Module | None) -> None:
             watcher = me()
-            # One that is put where it is already, as routers do that cast what they classify with on every call, is no arrival.
-            if watcher is not None and child is not None and module._modules.get(name) is not child and watcher.knows(module):
+            if watcher is None or child is None or not watcher.knows(module):
+                return
+            # Routers put what they classify with where it is already on every call; hosts do so when they have resized it.
+            if module._modules.get(name) is not child or watcher._is_reshaped(child):
                 watcher._welcome(child)
 
         def parameter_came(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -84,7 +88,11 @@ class Arrivals:
     def _watch(self, module: nn.Module) -> list[nn.Module]:
         fresh = [inner for inner in module.modules() if not self.knows(inner)]
         self._known.update((id(inner), weakref.ref(inner)) for inner in fresh)
+        self._shapes.update((id(inner), _shapes(inner)) for inner in module.modules())
         return fresh
+
+    def _is_reshaped(self, child: nn.Module) -> bool:
+        return any(self._shapes.get(id(inner)) != _shapes(inner) for inner in child.modules())
 
     def _welcome(self, child: nn.Module) -> None:
         self.changed = True
@@ -98,6 +106,10 @@ class Arrivals:
         self.changed = True
         if parameter is not None:
             self.replaced.append((module, name, parameter))
+
+
+def _shapes(module: nn.Module) -> list[torch.Size]:
+    return [parameter.shape for parameter in module._parameters.values() if parameter is not None]
 
 
 def _remove(handles: list[Any]) -> None:

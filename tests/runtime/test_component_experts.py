@@ -11,7 +11,9 @@ from torch import nn
 
 from overflowml_core.facts import Component
 from overflowml_core.layout import align, slab_bytes
+from overflowml_core.planner.expert_pace import slot_bytes as planned_slot_bytes
 from overflowml_core.runtime.component import describe_module
+from overflowml_core.runtime.experts.seat import slot_bytes
 
 _BASE = {
     "vocab_size": 64,
@@ -156,3 +158,8 @@ def test_counts_that_differ_by_layer_are_the_largest() -> None:
     model = _Model(1, (16,) * 4)
     model.config = _Heterogeneous()
     assert [(b.experts.count, b.experts.per_token) for b in _described(model).blocks] == [(4, 2)] * 2
+
+
+@pytest.mark.parametrize("in_ram", [False, True])
+def test_slots_are_as_large_as_planned(in_ram: bool) -> None:
+    assert planned_slot_bytes(3 * 512, in_ram) == slot_bytes(3 * 512, in_ram)
