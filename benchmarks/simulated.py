@@ -2,11 +2,14 @@
 
     python benchmarks/simulated.py
 
-The planner chooses residents and slots; the engine runs the plan on the virtual accelerator (tests/vdevice: a simulated clock);
-a pass in the rhythm of many is held against a lower bound over all choices within the same budget: with two slots or more the longer of all
-computing and all copies, with one slot the copies and the computing of the streamed blocks, which exclude one another. The bound takes no
-account of the order of the blocks, so that it cannot always be reached: while a block computes longer than the copies of all slots but its
-own take, the link has nowhere to copy to.
+The planner chooses residents and staging; the engine runs the plan on the virtual accelerator (tests/vdevice: a simulated clock);
+a pass in the rhythm of many is held against two bounds over all choices within the same budget, which take no account of the order of the
+blocks, so that they cannot always be reached:
+
+* ``bound``, of slots that are all as large as the largest streamed block: with two or more the longer of all computing and all copies, with
+  one the copies and the computing of the streamed blocks, which exclude one another. Staging by bytes may beat it.
+* ``floor``, of any staging at all, weights cut at any byte: all computing, or all copies and the time in which nothing can be copied, for a
+  block computes for longer than filling the rest of the staging takes.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -54,7 +58,7 @@ class Case:
     Attributes:
         units: size of each block.
         seconds: what each computes.
-        room_units: what residents and slots may take.
+        room_units: what residents and staging may take.
         link_bytes_per_s: rate of the copies.
     """
 
@@ -120,7 +124,7 @@ def draw_case(draw: random.Random) -> Case:
 
 
 def lower_bound_s(case: Case) -> float:
-    """Seconds that a pass takes at least, whatever is resident and however many slots there are."""
+    """Seconds that a pass takes at least through equal slots, whatever is resident and however many there are."""
     compute_s, total = sum(case.seconds), sum(case.units)
     if total <= case.room_units:
         return compute_s
@@ -149,10 +153,37 @@ def lower_bound_s(case: Case) -> float:
     return best_s
 
 
+def floor_s(case: Case) -> float:
+    """Seconds that a pass takes at least, whatever is resident and however the streamed blocks pass through what is left of the room."""
+    compute_s, total = sum(case.seconds), sum(case.units)
+    if total <= case.room_units:
+        return compute_s
+    units_per_s = case.link_bytes_per_s / UNIT_BYTES
+    blocks = list(zip(case.units, case.seconds, strict=True))
+    # With more than this nothing is gained: the rest of the staging takes longer to fill than any block computes.
+    most = int(max(units + seconds * units_per_s for units, seconds in blocks)) + 1
+    best_s = float("inf")
+    for staging in range(min(case.units), min(case.room_units, most) + 1):
+        room = case.room_units - staging - sum(units for units in case.units if units > staging)
+        if room < 0:
+            continue
+        saved_s = np.zeros(room + 1)  # by room: copies and idle time of the blocks that stay in it
+        busy_s = 0.0
+        for units, seconds in blocks:
+            if units > staging:
+                continue
+            worth_s = units / units_per_s + max(0.0, seconds - (staging - units) / units_per_s)
+            busy_s += worth_s
+            if units <= room:
+                saved_s[units:] = np.maximum(saved_s[units:], saved_s[: room + 1 - units] + worth_s)
+        best_s = min(best_s, max(compute_s, busy_s - float(saved_s[room])))
+    return best_s
+
+
 def choose(case: Case) -> Residency:
     """The planner's choice."""
     part = Part("row", PassProfile("pass", PASSES, 0), tuple(range(len(case.units))), case.seconds, Spent(sum(case.seconds), 0.0))
-    moves = [Move(seconds) for seconds in case.copies]
+    moves = [Move(seconds, nbytes=units) for seconds, units in zip(case.copies, case.units, strict=True)]
     still = [0.0] * len(case.units)
     owners = range(len(case.units))
     problem = Problem(case.units, owners, case.room_units, [Round("pass", PASSES, (part,))], moves, still, 0.0, False, False)
@@ -189,7 +220,9 @@ def _plan(network: Network, case: Case, chosen: Residency) -> Plan:
     (phase,) = plan.phases
     tiers = [Tier.DEVICE if stays else Tier.PINNED for stays in chosen.resident]
     placements = tuple(dataclasses.replace(p, tier=tier, home=tier) for p, tier in zip(phase.placements, tiers, strict=True))
-    phase = dataclasses.replace(phase, placements=placements, slot_count=chosen.slot_count, slot_bytes=chosen.slot_bytes * UNIT_BYTES)
+    phase = dataclasses.replace(
+        phase, placements=placements, staging_bytes=chosen.staging_bytes * UNIT_BYTES, slot_bytes=chosen.slot_bytes * UNIT_BYTES
+    )
     assert phase.device_bytes <= budget
     return dataclasses.replace(plan, strategy="stream", phases=(phase,), fingerprint="")
 
@@ -202,30 +235,48 @@ def measure(cases: int = 50, seed: int = 0) -> dict[str, Any]:
         seed: of the random numbers.
 
     Returns:
-        ``max_over_bound`` and ``mean_over_bound``, ``within`` (the share of cases within 1.03 of the bound), and ``table``: of each case
-        the blocks, the streamed ones, slots, seconds of computing and of copies, the bound, the simulated pass, and their ratio.
+        ``max_over_bound`` and ``mean_over_bound``, ``within`` (the share of cases within 1.03 of the bound), the same of the floor
+        (``max_over_floor``, ``within_floor``), and ``table``: of each case the blocks, the streamed ones, staging in blocks of the largest
+        size, seconds of computing and of copies, the bound, the simulated pass, and its ratios to bound and floor.
     """
     table = []
     for number in range(cases):
         case = draw_case(random.Random(seed * 1000 + number))
-        chosen, bound_s = choose(case), lower_bound_s(case)
+        chosen, bound_s, least_s = choose(case), lower_bound_s(case), floor_s(case)
         pass_s = simulated_s(case, chosen)
         streamed = [seconds for seconds, stays in zip(case.copies, chosen.resident, strict=True) if not stays]
-        row = {"blocks": len(case.units), "streamed": len(streamed), "slots": chosen.slot_count, "compute_s": sum(case.seconds)}
-        table.append({**row, "copies_s": sum(streamed), "bound_s": bound_s, "pass_s": pass_s, "over_bound": pass_s / bound_s})
+        row = {
+            "blocks": len(case.units),
+            "streamed": len(streamed),
+            "staging": chosen.staging_bytes / max(chosen.slot_bytes, 1),
+            "compute_s": sum(case.seconds),
+        }
+        table.append(
+            {
+                **row,
+                "copies_s": sum(streamed),
+                "bound_s": bound_s,
+                "pass_s": pass_s,
+                "over_bound": pass_s / bound_s,
+                "over_floor": pass_s / least_s,
+            }
+        )
     over = [row["over_bound"] for row in table]
     within = sum(ratio <= 1.03 for ratio in over) / len(over)
-    return {"max_over_bound": max(over), "mean_over_bound": sum(over) / len(over), "within": within, "table": table}
+    above = [row["over_floor"] for row in table]
+    floors = {"max_over_floor": max(above), "within_floor": sum(ratio <= 1.03 for ratio in above) / len(above)}
+    return {"max_over_bound": max(over), "mean_over_bound": sum(over) / len(over), "within": within, **floors, "table": table}
 
 
 def _show(table: Sequence[dict[str, Any]]) -> None:
-    print(f"{'blocks':>7}{'streamed':>9}{'slots':>6}{'compute':>10}{'copies':>10}{'bound':>10}{'pass':>10}{'over':>8}")
+    print(f"{'blocks':>7}{'streamed':>9}{'staging':>9}{'compute':>10}{'copies':>10}{'bound':>10}{'pass':>10}{'over':>8}{'floor':>8}")
     for row in table:
         seconds = "".join(f"{row[name]:10.4f}" for name in ("compute_s", "copies_s", "bound_s", "pass_s"))
-        print(f"{row['blocks']:7}{row['streamed']:9}{row['slots']:6}{seconds}{row['over_bound']:8.3f}")
+        print(f"{row['blocks']:7}{row['streamed']:9}{row['staging']:9.2f}{seconds}{row['over_bound']:8.3f}{row['over_floor']:8.3f}")
 
 
 if __name__ == "__main__":
     found = measure()
     _show(found["table"])
     print(f"max {found['max_over_bound']:.3f}, mean {found['mean_over_bound']:.3f}, within 1.03: {found['within']:.0%}")
+    print(f"over the floor: max {found['max_over_floor']:.3f}, within 1.03: {found['within_floor']:.0%}")

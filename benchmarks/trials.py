@@ -199,7 +199,7 @@ def steady_s(sim: SimDevice, module: nn.Module, x: torch.Tensor, passes: int = 8
 
 def simulated_s(case: Case, plan: Plan, split: Split, passes: int = 12) -> float:
     """The same by the planner's simulation, with the true rates."""
-    stays, slot_count = split
+    stays, staging_bytes = split
     sizes = [place.stored_bytes for place in plan.placements()]
     numbers: dict[int, int] = {}
     for index, stay in enumerate(stays):
@@ -208,41 +208,42 @@ def simulated_s(case: Case, plan: Plan, split: Split, passes: int = 12) -> float
     steps = [(0, numbers.get(i, -1), case.flop(i) / case.flop_per_s, i) for i in range(len(sizes))]
     if not numbers:
         return sum(step[2] for step in steps)
-    machinery = Machinery([Lane([Move(sizes[i] / case.link_bytes_per_s) for i in numbers], slot_count)])
+    machinery = Machinery([Lane([Move(sizes[i] / case.link_bytes_per_s, nbytes=sizes[i]) for i in numbers], staging_bytes)])
     ends = [machinery.run(steps) for _ in range(passes)]
     return (ends[-1] - ends[-1 - passes // 2]) / (passes // 2)
 
 
 def best_split(case: Case, plan: Plan, budget_bytes: int) -> tuple[Split, float]:
-    """The fastest of every choice of residents and slots within a budget, by the true rates."""
+    """The fastest of every choice of residents and staging within a budget, by the true rates."""
     (phase,) = plan.phases
     sizes = [place.stored_bytes for place in phase.placements]
     room_bytes = budget_bytes - phase.fixed_bytes - phase.activation_bytes
     found: list[tuple[float, Split]] = []
     for stays in product((True, False), repeat=len(sizes)):
         streamed = [size for size, stay in zip(sizes, stays, strict=True) if not stay]
-        for slot_count in range(1, len(streamed) + 1) if streamed else (0,):
-            if sum(sizes) - sum(streamed) + slot_count * max(streamed, default=0) <= room_bytes:
-                found.append((simulated_s(case, plan, (stays, slot_count)), (stays, slot_count)))
+        rows = [(streamed + streamed)[first : first + length] for first in range(len(streamed)) for length in range(1, len(streamed) + 1)]
+        for staging_bytes in {sum(row) for row in rows} if streamed else (0,):
+            if max(streamed, default=0) <= staging_bytes <= room_bytes - sum(sizes) + sum(streamed):
+                found.append((simulated_s(case, plan, (stays, staging_bytes)), (stays, staging_bytes)))
     best_s, best = min(found)
     return best, best_s
 
 
 def _split(plan: Plan) -> Split:
     (phase,) = plan.phases
-    return tuple(place.tier.value == "device" for place in phase.placements), phase.slot_count
+    return tuple(place.tier.value == "device" for place in phase.placements), phase.staging_bytes
 
 
 def with_split(plan: Plan, split: Split) -> Plan:
-    """The plan with other residents and slots; what is streamed waits in pinned RAM."""
+    """The plan with other residents and another staging buffer; what is streamed waits in pinned RAM."""
     from overflowml_core.facts import Tier
 
-    stays, slot_count = split
+    stays, staging_bytes = split
     (phase,) = plan.phases
     tiers = [Tier.DEVICE if stay else Tier.PINNED for stay in stays]
     placements = tuple(replace(place, tier=tier, home=tier) for place, tier in zip(phase.placements, tiers, strict=True))
     slot_bytes = max((place.stored_bytes for place in placements if place.tier is Tier.PINNED), default=0)
-    phase = replace(phase, placements=placements, slot_count=slot_count, slot_bytes=slot_bytes)
+    phase = replace(phase, placements=placements, staging_bytes=staging_bytes, slot_bytes=slot_bytes)
     return replace(plan, strategy="stream", phases=(phase,), fingerprint="")
 
 

@@ -11,7 +11,7 @@ from overflowml_core.facts import digest as fingerprint_of
 from overflowml_core.formats import AS_STORED
 from overflowml_core.machine import Rates
 
-PLAN_SCHEMA = 2
+PLAN_SCHEMA = 3
 """Version of the JSON form. It changes when a field changes its meaning; docs/plan-format.md lists the fields."""
 
 
@@ -113,8 +113,8 @@ class PhasePlan:
         components: its components, in order.
         fixed_bytes: slabs of all weights outside blocks.
         fixed_home: where these are when the phase does not run; DEVICE where they never leave.
-        slot_count: staging slots, which the streamed blocks take in turn.
-        slot_bytes: size of a slot, the largest streamed slab.
+        staging_bytes: the buffer on the device through which the streamed blocks pass, one behind the other, round and round.
+        slot_bytes: the largest slot in it, that of the largest streamed slab.
         activation_bytes: kept free for activations and caches.
         placements: one per block, in order of execution.
         estimate: what this phase will take.
@@ -127,7 +127,7 @@ class PhasePlan:
     components: tuple[str, ...]
     fixed_bytes: int
     fixed_home: Tier
-    slot_count: int
+    staging_bytes: int
     slot_bytes: int
     activation_bytes: int
     placements: tuple[Placement, ...]
@@ -142,6 +142,11 @@ class PhasePlan:
         return sum(p.stored_bytes for p in self.placements if p.tier is Tier.DEVICE)
 
     @property
+    def slot_count(self) -> int:
+        """How many of the largest streamed block the staging buffer holds."""
+        return self.staging_bytes // self.slot_bytes if self.slot_bytes else 0
+
+    @property
     def streamed(self) -> tuple[Placement, ...]:
         """The blocks that pass through the staging slots, in order."""
         return tuple(p for p in self.placements if p.tier is not Tier.DEVICE)
@@ -152,16 +157,16 @@ class PhasePlan:
         return tuple(sorted({0, *(p.device for p in self.placements)}))
 
     def bytes_on(self, device: int) -> int:
-        """Bytes of one accelerator in this phase: weights, slots, activations. Fixed weights and cached experts are on the first."""
+        """Bytes of one accelerator in this phase: weights, staging, activations. Fixed weights and cached experts are on the first."""
         own = [p for p in self.placements if p.device == device]
-        streams = any(p.tier is not Tier.DEVICE for p in own) or (device == 0 and self.slot_count and not self.streamed)
+        streams = any(p.tier is not Tier.DEVICE for p in own) or (device == 0 and self.staging_bytes and not self.streamed)
         resident = sum(p.stored_bytes for p in own if p.tier is Tier.DEVICE)
-        slots = self.slot_count * self.slot_bytes if streams else 0
-        return (self.fixed_bytes + self.expert_cache_bytes if device == 0 else 0) + resident + slots + self.activation_bytes
+        staging = self.staging_bytes if streams else 0
+        return (self.fixed_bytes + self.expert_cache_bytes if device == 0 else 0) + resident + staging + self.activation_bytes
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of the compute tier in this phase, all of its accelerators together: weights, slots, activations."""
+        """Bytes of the compute tier in this phase, all of its accelerators together: weights, staging, activations."""
         return sum(self.bytes_on(device) for device in self.devices)
 
 

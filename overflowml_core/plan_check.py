@@ -57,8 +57,11 @@ def _check_placements(plan: Plan, phase: PhasePlan, where: str, seen: set[tuple[
                     f"{where}: slots of {phase.slot_bytes} bytes, but block {placement.block} takes {placement.stored_bytes}; "
                     "make the slots as large as the largest streamed block"
                 )
-    if streams and phase.slot_count < 1:
-        raise BadPlan(f"{where}: {len(phase.streamed)} streamed blocks and no staging slot; give it at least one")
+    if phase.staging_bytes < phase.slot_bytes or (streams and not phase.staging_bytes):
+        raise BadPlan(
+            f"{where}: {len(phase.streamed)} streamed blocks in slots of up to {phase.slot_bytes} bytes, and a staging buffer of "
+            f"{phase.staging_bytes}; give it room for the largest at least"
+        )
 
 
 def held_bytes(plan: Plan) -> int:

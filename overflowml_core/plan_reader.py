@@ -154,7 +154,7 @@ def _read_phase(document: Mapping[str, Any]) -> PhasePlan:
         components=_texts(document["components"], "component"),
         fixed_bytes=_count(document["fixed_bytes"], "fixed_bytes"),
         fixed_home=Tier(document["fixed_home"]),
-        slot_count=_count(document["slot_count"], "slot_count"),
+        staging_bytes=_count(document["staging_bytes"], "staging_bytes"),
         slot_bytes=_count(document["slot_bytes"], "slot_bytes"),
         activation_bytes=_count(document["activation_bytes"], "activation_bytes"),
         placements=tuple(_read_placement(p) for p in document["placements"]),

@@ -234,7 +234,7 @@ def _sequential(setting: Setting, recipe: Recipe, needs: Sequence[PhaseNeed]) ->
         slot_count = min(2, len(whole_blocks) - 1)
         if need.smallest_bytes + (slot_count - 1) * slot_bytes > setting.budget.device_bytes:
             slot_count = 1
-        drafts.append(Draft(need, Residency((False,) * len(need.blocks), slot_count, slot_bytes)))
+        drafts.append(Draft(need, Residency((False,) * len(need.blocks), slot_count * slot_bytes, slot_bytes)))
     if not any(draft.residency.slot_count for draft in drafts):
         return candidate
     candidate.drafts = tuple(drafts)

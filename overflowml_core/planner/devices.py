@@ -98,15 +98,15 @@ def _split(need: PhaseNeed, budgets: Sequence[int]) -> Draft | None:
         for place, device in enumerate(devices):
             if device == index:
                 resident[place] = choice.resident[place]
-    slot_count = max(choice.slot_count for choice in slots)
+    staging_bytes = max(choice.staging_bytes for choice in slots)
     slot_bytes = max(choice.slot_bytes for choice in slots)
-    # All devices have the same slots; a device with smaller blocks than another's may not hold them beside its residents.
+    # All devices have as large a staging buffer; a device with smaller blocks than another's may not hold them beside its residents.
     for index, (room, choice) in enumerate(zip(rooms, slots, strict=True)):
         own = zip(need.sizes_bytes, devices, resident, strict=True)
         kept = sum(size for size, device, stays in own if device == index and stays)
-        if choice.slot_count and kept + slot_count * slot_bytes > room:
+        if choice.staging_bytes and kept + staging_bytes > room:
             return None
-    return Draft(need, Residency(tuple(resident), slot_count, slot_bytes), tuple(devices))
+    return Draft(need, Residency(tuple(resident), staging_bytes, slot_bytes), tuple(devices))
 
 
 def _shares(sizes_bytes: Sequence[int], rooms: Sequence[int]) -> list[int]:
@@ -154,7 +154,9 @@ def split_run(draft: Draft, homes: PhaseHomes, setting: Setting, costs: Sequence
     rounds = _blended(need, per_device, draft.devices)
     if not known or rounds is None or handoff_s is None or None in switches:
         return None
-    stage = Stage(tuple(slots_of), tuple(tuple(m) for m in moves), draft.residency.slot_count, devices=draft.devices, handoff_s=handoff_s)
+    stage = Stage(
+        tuple(slots_of), tuple(tuple(m) for m in moves), draft.residency.staging_bytes, devices=draft.devices, handoff_s=handoff_s
+    )
     # Devices bring their residents in at the same time, each over its own link.
     return PhaseRun(rounds, rounds, stage, max(s for s in switches if s is not None))
 

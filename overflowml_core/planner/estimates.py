@@ -65,8 +65,8 @@ def plain_run(draft: Draft, homes: PhaseHomes, setting: Setting, takes_turns: bo
     """What the engines are given for a phase on one device; None where something that it needs is not known."""
     residency = draft.residency
     tiers = [Tier.DEVICE if stays else home for stays, home in zip(residency.resident, homes.blocks, strict=True)]
-    slots = residency.slot_count, residency.slot_bytes
-    stage = stage_of(draft.need.sizes_bytes, tiers, slots, setting.rates, setting.in_ram, {})
+    staging = residency.staging_bytes, residency.slot_bytes
+    stage = stage_of(draft.need.sizes_bytes, tiers, staging, setting.rates, setting.in_ram, {})
     switch_s = switch_seconds(brought_bytes(draft, homes), setting.rates, setting.in_ram) if takes_turns else 0.0
     rounds = setting.rounds(draft.need)
     return None if rounds is None or stage is None or switch_s is None else PhaseRun(rounds, rounds, stage, switch_s)
@@ -134,7 +134,7 @@ def phase_bytes(draft: Draft, homes: PhaseHomes) -> dict[str, int]:
     return {
         "device_peak_bytes": need.fixed_bytes
         + resident_bytes
-        + streaming * residency.slot_count * residency.slot_bytes
+        + streaming * residency.staging_bytes
         + draft.expert_cache_bytes
         + computing * need.activation_bytes,
         "pinned_bytes": held[Tier.PINNED] + homes.ring_bytes,

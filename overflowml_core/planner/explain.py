@@ -14,7 +14,7 @@ _WIDTH = 100
 _STRIP_WIDTH = 60
 _NAME_WIDTH = 22
 _RESIDENT, _STREAMED, _BOTH = "■", "□", "▣"
-_HEADINGS = ("phase", "weights", "resident", "streamed", "slots", "activations", "peak", "waits in")
+_HEADINGS = ("phase", "weights", "resident", "streamed", "staging", "activations", "peak", "waits in")
 _TIER_WORDS = {Tier.PINNED: "pinned", Tier.RAM: "RAM", Tier.DISK: "disk"}
 _BOUND_WORDS = {"link": "copies to the device", "disk": "reads from disk", "memory": "the device's memory", "compute": "arithmetic"}
 _STRATEGY_WORDS = {
@@ -67,7 +67,7 @@ def _row(phase: PhasePlan) -> tuple[str, ...]:
         format_bytes(resident_bytes + streamed_bytes),
         format_bytes(resident_bytes),
         format_bytes(streamed_bytes) if phase.streamed else "-",
-        f"{phase.slot_count} x {format_bytes(phase.slot_bytes)}" if phase.slot_count else "-",
+        format_bytes(phase.staging_bytes) if phase.staging_bytes else "-",
         format_bytes(phase.activation_bytes),
         format_bytes(phase.device_bytes),
         "+".join(word for tier, word in _TIER_WORDS.items() if tier in _homes(phase)) or "-",

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from overflowml_core.planner.machinery import Lane, Machinery, Move, Record, State, Step
 from overflowml_core.planner.rounds import OUTSIDE, Part, Round
+from overflowml_core.planner.turns import Turns
 
 _MOST_PASSES = 32
 """Simulated of each kind at most. Two or three are mostly enough; more where a lead of the copies is used up in small steps."""
@@ -21,7 +22,7 @@ class Stage:
     Attributes:
         slots_of: per block the (device, streamed index) that it has; None where it is resident.
         moves: per device, of its streamed blocks in order.
-        slot_count: staging slots of each device.
+        staging_bytes: of the staging buffer of each device, in the unit of the moves.
         devices: per block, the device that computes it.
         handoff_s: what it takes to hand activations on where one step computes on another device than the one before.
         in_ram: the compute tier is RAM, and the disk is all that is outside of it.
@@ -29,7 +30,7 @@ class Stage:
 
     slots_of: tuple[tuple[int, int] | None, ...]
     moves: tuple[tuple[Move, ...], ...]
-    slot_count: int
+    staging_bytes: int
     devices: tuple[int, ...] = ()
     handoff_s: float = 0.0
     in_ram: bool = False
@@ -76,8 +77,7 @@ def pace_of(rounds: Sequence[Round], stage: Stage, switch_s: float, takes_turns:
         return _unhindered(rounds, stage, switch_s)
     runner: Quick | Machinery
     if _is_plain(rounds, stage):
-        copies = [move.disk_s if stage.in_ram else move.link_s for move in stage.moves[0]]
-        runner = Quick(copies, stage.slot_count, switch_s, filled=not takes_turns, in_ram=stage.in_ram)
+        runner = Quick(stage.moves[0], stage.staging_bytes, switch_s, filled=not takes_turns, in_ram=stage.in_ram)
     else:
         runner = machinery_of(stage, switch_s, takes_turns)
     paces = tuple(_run_round(runner, one, stage) for one in rounds)
@@ -86,7 +86,7 @@ def pace_of(rounds: Sequence[Round], stage: Stage, switch_s: float, takes_turns:
 
 def machinery_of(stage: Stage, start_s: float, takes_turns: bool, record: Record | None = None) -> Machinery:
     """The engines when the residents of a phase are in; arguments as for :func:`pace_of` and :class:`Machinery`."""
-    lanes = [Lane(moves, stage.slot_count) for moves in stage.moves]
+    lanes = [Lane(moves, stage.staging_bytes) for moves in stage.moves]
     return Machinery(lanes, start_s, filled=not takes_turns, in_ram=stage.in_ram, record=record)
 
 
@@ -133,21 +133,22 @@ def _is_plain(rounds: Sequence[Round], stage: Stage) -> bool:
 class Quick:
     """The engines where all blocks come from one place, once in a pass and in order: the same times as :class:`Machinery`, in one loop."""
 
-    def __init__(self, copies: Sequence[float], slot_count: int, start_s: float, *, filled: bool, in_ram: bool) -> None:
-        """Fill the slots; ``copies`` are the seconds that each streamed block takes to its slot."""
-        count = len(copies)
+    def __init__(self, moves: Sequence[Move], staging_bytes: int, start_s: float, *, filled: bool, in_ram: bool) -> None:
+        """Fill the staging buffer; ``moves`` are of the streamed blocks, ``staging_bytes`` what the buffer has."""
         self.compute_s = start_s
         self.link_s = self.disk_s = 0.0
-        self._copies = copies
-        self._slot_count = min(slot_count, count)
+        self._copies = [move.disk_s if in_ram else move.link_s for move in moves]
+        self._turns = Turns([move.nbytes for move in moves], staging_bytes, in_parts=not in_ram)
+        self._pass = 0
         self._in_ram = in_ram
         self._copy_free_s = start_s
-        self._ready_s = [start_s] * count
+        self._ready_s = [start_s] * len(moves)
         if not filled:
-            for k in range(self._slot_count):
-                self._copy_free_s += copies[k]
+            before_s = start_s
+            for k, part in self._turns.first:
+                self._copy_free_s += self._copies[k] * part
                 self._ready_s[k] = self._copy_free_s
-            filling_s = sum(copies[: self._slot_count])
+            filling_s = self._copy_free_s - before_s
             self.link_s, self.disk_s = (0.0, filling_s) if in_ram else (filling_s, 0.0)
 
     def run_part(self, part: Part, stage: Stage) -> None:
@@ -155,9 +156,9 @@ class Quick:
         slots_of = stage.slots_of
         slots = [slots_of[index] if index >= 0 else None for index in part.steps]
         copies, ready = self._copies, self._ready_s
-        now, copy_free, count = self.compute_s, self._copy_free_s, self._slot_count
-        blocks = len(copies)
-        turns = count < blocks  # else every block has its slot and stays in it
+        now, copy_free = self.compute_s, self._copy_free_s
+        sent_behind = self._turns.of_pass(self._pass)
+        last = len(copies) - 1
         busy = 0.0
         for slot, seconds in zip(slots, part.seconds, strict=True):
             if slot is None:
@@ -166,12 +167,13 @@ class Quick:
             k = slot[1]
             arrived = ready[k]
             now = (arrived if arrived > now else now) + seconds
-            if turns:
-                # The blocks between are in their slots or on their way.
-                k = (k + count) % blocks
-                copy_free = (copy_free if copy_free > now else now) + copies[k]
-                busy += copies[k]
-                ready[k] = copy_free
+            for following, share in sent_behind[k]:
+                copy_s = copies[following] * share
+                copy_free = (copy_free if copy_free > now else now) + copy_s
+                busy += copy_s
+                ready[following] = copy_free
+            if k == last:
+                self._pass += 1
         self.compute_s, self._copy_free_s = now, copy_free
         if self._in_ram:
             self.disk_s += busy
@@ -189,9 +191,10 @@ class Quick:
         self._ready_s = [t + seconds for t in self._ready_s]
 
     def state(self) -> State:
-        """How the engines are at the end of a pass, when the first blocks are in the slots or on their way. What is over counts as now."""
+        """How the engines are at the end of a pass. What is over counts as now."""
         now = self.compute_s
-        return State((), (now, max(self._copy_free_s, now), *(max(t, now) for t in self._ready_s[: self._slot_count])))
+        ready = (max(self._ready_s[k], now) for k in self._turns.ahead(self._pass))
+        return State((self._turns.place_of(self._pass),), (now, max(self._copy_free_s, now), *ready))
 
 
 def _run_round(runner: Quick | Machinery, one: Round, stage: Stage) -> RoundPace:

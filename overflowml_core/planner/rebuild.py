@@ -58,7 +58,7 @@ def _behind(phase: PhasePlan, need: PhaseNeed, formats: dict[str, Format]) -> tu
     devices = tuple(place.device for place in placements)
     draft = Draft(
         need,
-        Residency(resident, phase.slot_count, phase.slot_bytes),
+        Residency(resident, phase.staging_bytes, phase.slot_bytes),
         devices if any(devices) else (),
         phase.expert_cache_bytes,
     )

@@ -26,13 +26,18 @@ class Residency:
 
     Attributes:
         resident: per block, whether it stays.
-        slot_count: staging slots; 0 where nothing is streamed.
-        slot_bytes: size of a slot, the largest streamed block.
+        staging_bytes: of the staging buffer; 0 where nothing is streamed.
+        slot_bytes: the largest slot in it, that of the largest streamed block.
     """
 
     resident: tuple[bool, ...]
-    slot_count: int
+    staging_bytes: int
     slot_bytes: int
+
+    @property
+    def slot_count(self) -> int:
+        """How many of the largest streamed block the staging buffer holds."""
+        return self.staging_bytes // self.slot_bytes if self.slot_bytes else 0
 
 
 def choose(sizes_bytes: Sequence[int], owners: Sequence[int], room_bytes: int) -> Residency | None:
@@ -56,7 +61,7 @@ def choose(sizes_bytes: Sequence[int], owners: Sequence[int], room_bytes: int) -
     stays = _spread_classes(sizes_bytes, {size: count for (size, _), count in zip(classes, counts, strict=True)})
     resident = tuple(stays[owner] for owner in owners)
     slot_bytes = max(size for size, stay in zip(sizes_bytes, resident, strict=True) if not stay)
-    return Residency(resident, slot_count, slot_bytes)
+    return Residency(resident, slot_count * slot_bytes, slot_bytes)
 
 
 def _most_resident(classes: Classes, room_bytes: int) -> tuple[int, tuple[int, ...]] | None:

@@ -187,7 +187,7 @@ def _phase_plan(draft: Draft, homes: PhaseHomes, forecast: PhaseForecast) -> Pha
         components=tuple(component.name for component in need.components),
         fixed_bytes=need.fixed_bytes,
         fixed_home=homes.fixed,
-        slot_count=residency.slot_count,
+        staging_bytes=residency.staging_bytes,
         slot_bytes=residency.slot_bytes,
         activation_bytes=need.activation_bytes,
         placements=placements,

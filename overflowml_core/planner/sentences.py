@@ -81,9 +81,10 @@ def _residency_sentences(phase: PhasePlan) -> Iterator[str]:
         if streamed:
             nbytes = format_bytes(sum(p.stored_bytes for p in streamed))
             yield f"{component}: {len(own) - len(streamed)} of {len(own)} blocks resident, {len(streamed)} streamed ({nbytes} per pass)"
-    slot = format_bytes(phase.slot_bytes)
-    if phase.slot_count == 1:
-        yield f"{phase.name}: one slot of {slot}, for two leave too little room: copies wait for the streamed block before them"
+    sizes = [p.stored_bytes for p in phase.streamed if p.stored_bytes]
+    if len(sizes) > 1 and phase.staging_bytes < max(sizes) + min(sizes):
+        staging = format_bytes(phase.staging_bytes)
+        yield f"{phase.name}: {staging} of staging, for more leaves too little room: copies wait for the streamed block before them"
 
 
 def _expert_sentences(draft: Draft, phase: PhasePlan, setting: Setting) -> Iterator[str]:

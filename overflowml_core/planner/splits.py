@@ -1,4 +1,4 @@
-"""Ways to divide the room of a phase between residents and staging slots, its weights in the formats that they have. Compares none."""
+"""Ways to divide the room of a phase between residents and the staging buffer, its weights in the formats that they have. Compares none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_LOOKS = 64
 """Numbers of residents that are looked at for one number of slots."""
 
 Key = tuple[tuple[bool, ...], int]
-"""What tells one split from another: which blocks stay, and how many slots there are."""
+"""What tells one split from another: which blocks stay, and how large the staging buffer is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Split:
     @property
     def key(self) -> Key:
         """See :data:`Key`."""
-        return self.draft.residency.resident, self.draft.residency.slot_count
+        return self.draft.residency.resident, self.draft.residency.staging_bytes
 
     @property
     def total_s(self) -> float | None:
@@ -48,8 +48,8 @@ def split_of(draft: Draft, homes: PhaseHomes, setting: Setting, takes_turns: boo
 
 
 def other_splits(draft: Draft, homes: PhaseHomes, setting: Setting, takes_turns: bool) -> list[Split]:
-    """Other residencies of a phase within the same budget: the choice by time, the one with the most bytes, and for every number of slots
-    as many residents as fit, one fewer, half of them, and none.
+    """Other residencies of a phase within the same budget: the choice by time, the one with the most bytes, and beside staging for one to
+    four of the largest block as many residents as fit, one fewer, half of them, and none.
 
     Args:
         draft: the phase as it is.
@@ -58,10 +58,10 @@ def other_splits(draft: Draft, homes: PhaseHomes, setting: Setting, takes_turns:
         takes_turns: other phases come before and after.
     """
     found: dict[Key, Split] = {}
-    own = draft.residency.resident, draft.residency.slot_count
+    own = draft.residency.resident, draft.residency.staging_bytes
     for residency in _residencies(draft.need, setting, takes_turns):
-        key = residency.resident, residency.slot_count
-        if key == own or key in found or (residency.slot_count == 0 and not takes_turns):
+        key = residency.resident, residency.staging_bytes
+        if key == own or key in found or (residency.staging_bytes == 0 and not takes_turns):
             continue
         other = replace(draft, residency=residency)
         waiting = homes if takes_turns else _homes(other, setting)
@@ -96,7 +96,7 @@ def _evenly(need: PhaseNeed, whole: list[int], kept: int, slot_count: int, room_
     kept_bytes = sum(size for size, stay in zip(need.sizes_bytes, stays, strict=True) if stay)
     if kept_bytes + slot_count * slot_bytes > room_bytes:
         return None
-    return Residency(tuple(stays[owner] for owner in need.owners), slot_count, slot_bytes)
+    return Residency(tuple(stays[owner] for owner in need.owners), slot_count * slot_bytes, slot_bytes)
 
 
 def _homes(draft: Draft, setting: Setting) -> PhaseHomes | None:

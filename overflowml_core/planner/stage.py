@@ -14,7 +14,7 @@ _PAGEABLE_SHARE = 0.6
 """Of the pinned rate, where nobody measured copies from pageable RAM: an RTX 4090 on PCIe 4 copies 13 to 18 GB/s of 24 to 26."""
 
 _LARGEST_WINDOW_BYTES = 256 * 2**20
-"""Of one read of the disk tier; the runtime's ring buffers are as large as a slot, and no larger than this."""
+"""Of one read of the disk tier; the runtime's ring buffers are as large as the largest slot, and no larger than this."""
 
 
 def rates_of(machine: Machine, device: int = 0) -> Rates:
@@ -35,14 +35,14 @@ def move_of(nbytes: int, tier: Tier, rates: Rates, slot_bytes: int, in_ram: bool
             return None
         disk_s = nbytes / rates.disk_bytes_per_s
         if in_ram:
-            return Move(0.0, disk_s)
+            return Move(0.0, disk_s, nbytes=nbytes)
         windows = -(-nbytes // max(1, min(slot_bytes, _LARGEST_WINDOW_BYTES))) or 1
-        return Move(nbytes / rates.h2d_bytes_per_s, disk_s, windows)
+        return Move(nbytes / rates.h2d_bytes_per_s, disk_s, windows, nbytes=nbytes)
     if rates.h2d_bytes_per_s <= 0:
         return None
     if tier is Tier.RAM:
-        return Move(nbytes / pageable_bytes_per_s(rates), holds_reader=True)
-    return Move(nbytes / rates.h2d_bytes_per_s)
+        return Move(nbytes / pageable_bytes_per_s(rates), holds_reader=True, nbytes=nbytes)
+    return Move(nbytes / rates.h2d_bytes_per_s, nbytes=nbytes)
 
 
 def switch_seconds(nbytes_by_tier: dict[Tier, int], rates: Rates, in_ram: bool) -> float | None:
@@ -62,14 +62,19 @@ def switch_seconds(nbytes_by_tier: dict[Tier, int], rates: Rates, in_ram: bool) 
 
 
 def stage_of(
-    sizes_bytes: Sequence[int], tiers: Sequence[Tier], slots: tuple[int, int], rates: Rates, in_ram: bool, cache: dict[object, Move | None]
+    sizes_bytes: Sequence[int],
+    tiers: Sequence[Tier],
+    staging: tuple[int, int],
+    rates: Rates,
+    in_ram: bool,
+    cache: dict[object, Move | None],
 ) -> Stage | None:
     """The stage of blocks on one device.
 
     Args:
         sizes_bytes: per block; 0 where it is tied to another.
         tiers: per block: DEVICE where it is resident, else where it is streamed from.
-        slots: how many staging slots, and bytes of each.
+        staging: bytes of the staging buffer, and of its largest slot.
         rates: of the device.
         in_ram: the compute tier is RAM.
         cache: of moves by bytes and tier, for rates and slots that stay the same.
@@ -77,7 +82,7 @@ def stage_of(
     Returns:
         None where a rate is not known.
     """
-    slot_count, slot_bytes = slots
+    staging_bytes, slot_bytes = staging
     slots_of: list[tuple[int, int] | None] = [None] * len(sizes_bytes)
     moves: list[Move] = []
     for index, (nbytes, tier) in enumerate(zip(sizes_bytes, tiers, strict=True)):
@@ -91,4 +96,4 @@ def stage_of(
             return None
         slots_of[index] = (0, len(moves))
         moves.append(move)
-    return Stage(tuple(slots_of), (tuple(moves),), slot_count, in_ram=in_ram)
+    return Stage(tuple(slots_of), (tuple(moves),), staging_bytes, in_ram=in_ram)

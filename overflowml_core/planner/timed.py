@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, combinations, pairwise, product
+from itertools import chain, combinations, cycle, islice, pairwise, product
 from math import exp
 from random import Random
 
@@ -16,9 +16,10 @@ from overflowml_core.planner.machinery import Move
 from overflowml_core.planner.pace import Stage, pace_of
 from overflowml_core.planner.residency import Residency, choose
 from overflowml_core.planner.rounds import Round
+from overflowml_core.staging import fitting
 
 MOST_ENUMERATED = 7
-"""Blocks of a phase up to which every residency and every number of slots is tried."""
+"""Blocks of a phase up to which every residency and every size of the staging buffer is tried."""
 
 _MOST_STEPS = 300_000
 """Simulated steps of one phase, beyond which no further choice is looked at; about 0.1 s."""
@@ -33,7 +34,11 @@ _HEAT = 0.02
 """How much slower, as a part of the whole, a change at random may make a choice at first: about what one block more or less does."""
 
 _MOST_SLOTS = 4
-"""Deeper prefetch gained less than 1 % where it was measured (sglang PR 31538: 0.9 % for a depth of 16 instead of 1)."""
+"""Of the largest streamed block, what a staging buffer holds at most. Deeper prefetch gained less than 1 % where it was measured (sglang PR
+31538: 0.9 % for a depth of 16 instead of 1)."""
+
+_FILLED_SLOTS = (2, 3, _MOST_SLOTS, 1.5, 1)
+"""Of the largest streamed block, what is kept for staging when the room is filled with residents."""
 
 _FEW = 16
 """Blocks up to which three are exchanged at once: 560 changes to look at."""
@@ -84,14 +89,24 @@ class Problem:
     whole: tuple[int, ...] = ()
     _row: int = 0
     _tried: dict[tuple[tuple[bool, ...], int], float] = field(default_factory=dict)
+    _called: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
+    _is_regular: bool = False
 
     def __post_init__(self) -> None:
         self.whole = tuple(index for index, size in enumerate(self.sizes_bytes) if size)
         self._row = sum(len(part.steps) for one in self.rounds for part in one.parts)
+        for index in self.whole:
+            self._called[index] = []
+        for one in self.rounds:
+            for part in one.parts:
+                for index, seconds in zip(part.steps, part.seconds, strict=True):
+                    if index >= 0:
+                        self._called[index].append((one.count, seconds))
+        self._is_regular = all(len(called) == len(self.rounds) for called in self._called.values())
 
-    def seconds(self, stays: Sequence[bool], slot_count: int) -> float:
+    def seconds(self, stays: Sequence[bool], staging_bytes: int) -> float:
         """The phase with this choice, simulated."""
-        key = (tuple(stays), slot_count)
+        key = (tuple(stays), staging_bytes)
         if key not in self._tried:
             slots_of: list[tuple[int, int] | None] = [None] * len(stays)
             moves: list[Move] = []
@@ -100,7 +115,7 @@ class Problem:
                     slots_of[index] = (0, len(moves))
                     moves.append(self.moves[index])
             switch_s = self.fixed_s + sum(self.bring_s[index] for index in self.whole if stays[index])
-            stage = Stage(tuple(slots_of), (tuple(moves),), slot_count, in_ram=self.in_ram)
+            stage = Stage(tuple(slots_of), (tuple(moves),), staging_bytes, in_ram=self.in_ram)
             self._tried[key] = pace_of(self.rounds, stage, switch_s, self.takes_turns).total_s
             self.steps += 4 * self._row
         return self._tried[key]
@@ -110,34 +125,54 @@ class Problem:
         moved_s = sum(max(self.moves[i].link_s, self.moves[i].disk_s) for i in self.whole if not stays[i])
         return self.fixed_s + sum(self.bring_s[i] for i in self.whole if stays[i]) + sum(one.count for one in self.rounds) * moved_s
 
-    def floor_s(self, stays: Sequence[bool], slot_count: int) -> float:
-        """What the phase with this choice takes at least: all its computing, or all copies but those of what the slots can hold over."""
+    def floor_s(self, stays: Sequence[bool], staging_bytes: int) -> float:
+        """What the phase with this choice takes at least: all its computing, or all copies but those of what the buffer can hold over, and
+        while a block computes for longer than the rest of the buffer takes to be filled, nothing is copied."""
         compute_s = sum(one.count * one.compute_s for one in self.rounds)
         switch_s = self.fixed_s + sum(self.bring_s[index] for index in self.whole if stays[index])
-        copies = sorted((max(self.moves[i].link_s, self.moves[i].disk_s) for i in self.whole if not stays[i]), reverse=True)
-        return switch_s + max(compute_s, sum(one.count for one in self.rounds) * sum(copies[slot_count:]))
+        copies_s = idle_s = most_s_per_byte = 0.0
+        streamed = [index for index in self.whole if not stays[index]]
+        for index in streamed:
+            copy_s = max(self.moves[index].link_s, self.moves[index].disk_s)
+            most_s_per_byte = max(most_s_per_byte, copy_s / self.sizes_bytes[index])
+            copies_s += copy_s
+        if not self._is_regular:
+            rest_s = max(copies_s - staging_bytes * most_s_per_byte, 0.0)
+            return switch_s + max(compute_s, sum(one.count for one in self.rounds) * rest_s)
+        for index in streamed:
+            filled_s = (staging_bytes - self.sizes_bytes[index]) * most_s_per_byte
+            idle_s += sum(count * (seconds - filled_s) for count, seconds in self._called[index] if seconds > filled_s)
+        held_s = staging_bytes * most_s_per_byte
+        return switch_s + max(compute_s, sum(one.count for one in self.rounds) * copies_s + idle_s - held_s)
 
-    def finished(self, stays: Sequence[bool], slot_count: int) -> Residency:
+    def staging_bytes(self, stays: Sequence[bool], slots: int = _MOST_SLOTS) -> int:
+        """The staging buffer of a choice: what its residents leave, no more than consecutive streamed blocks take nor than so many of the
+        largest; 0 where that is too little. One that holds all streamed blocks would be residency by another name."""
+        kept = sum(size for size, stay in zip(self.sizes_bytes, stays, strict=True) if stay)
+        sizes = [self.sizes_bytes[index] for index in self.whole if not stays[index]]
+        return fitting(sizes, min(self.room_bytes - kept, slots * max(sizes), sum(sizes) - 1)) if sizes else 0
+
+    def finished(self, stays: Sequence[bool], staging_bytes: int) -> Residency:
         """The choice with tied blocks beside their owners."""
         resident = tuple(stays[owner] for owner in self.owners)
         streamed = [self.sizes_bytes[index] for index in self.whole if not stays[index]]
-        return Residency(resident, slot_count if streamed else 0, max(streamed, default=0))
+        return Residency(resident, staging_bytes if streamed else 0, max(streamed, default=0))
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class _Way:
-    """A choice with what it takes: seconds, then bytes streamed, then slots; less is better."""
+    """A choice with what it takes: seconds, then bytes streamed, then staging; less is better."""
 
     seconds: float
     streamed_bytes: int
-    slot_count: int
+    staging_bytes: int
     stays: tuple[bool, ...]
 
 
 def choose_timed(problem: Problem) -> Residency | None:
     """Choose the resident blocks of a phase by its simulated time.
 
-    Of equally fast choices the one that streams the fewest bytes is taken, then the one with the fewest slots.
+    Of equally fast choices the one that streams the fewest bytes is taken, then the one with the smallest staging buffer.
 
     Returns:
         None where not even one slot for the largest block fits.
@@ -148,50 +183,42 @@ def choose_timed(problem: Problem) -> Residency | None:
     exact = len(problem.whole) <= MOST_ENUMERATED
     least_s = sum(one.count * one.compute_s for one in problem.rounds) + problem.fixed_s
     found: list[_Way] = []
-    for stays, slot_count in _all_ways(problem) if exact else _some_ways(problem):
+    for stays, staging_bytes in _all_ways(problem) if exact else _some_ways(problem):
         if found and not exact:
-            # The first way streams the fewest bytes. Its copies are no strict bound, for other slots may leave room for one block more;
+            # The first way streams the fewest bytes. Its copies are no strict bound, for less staging may leave room for one block more;
             # among many blocks that is little.
             fewest_s = problem.copies_s(found[0].stays) if len(problem.whole) > _MANY else 0.0
             enough_s = max(least_s, fewest_s) * _ENOUGH
             if problem.steps > _MOST_STEPS or min(found).seconds <= enough_s:
                 return _finished(problem, found)
-        if exact and found and problem.floor_s(stays, slot_count) > min(found).seconds:
+        if exact and found and problem.floor_s(stays, staging_bytes) > min(found).seconds:
             continue
-        found.append(_way(problem, stays, slot_count))
+        found.append(_way(problem, stays, staging_bytes))
         if exact:
             found = [_better(found)]
     if not found:
         return None
     if not exact:
-        # A choice with another number of slots is several changes away: the best of each number is improved on its own.
-        starts = {way.slot_count: way for way in sorted(found, reverse=True)}
-        found += [_exchanged(problem, way) for way in sorted(starts.values())]
+        found.append(_exchanged(problem, min(found)))
         if min(found).seconds > max(least_s, problem.copies_s(found[0].stays)) * _ALMOST:
             found.append(_shaken(problem, min(found)))
     return _finished(problem, found)
 
 
-def _way(problem: Problem, stays: Sequence[bool], slot_count: int) -> _Way:
+def _way(problem: Problem, stays: Sequence[bool], staging_bytes: int) -> _Way:
     streamed_bytes = sum(size for size, stay in zip(problem.sizes_bytes, stays, strict=True) if not stay)
-    return _Way(problem.seconds(stays, slot_count), streamed_bytes, slot_count, tuple(stays))
+    return _Way(problem.seconds(stays, staging_bytes), streamed_bytes, staging_bytes, tuple(stays))
 
 
 def _better(found: Sequence[_Way]) -> _Way:
     """The best of all ways, of which two that differ by rounding alone are equally fast."""
     least_s = min(way.seconds for way in found)
-    return min((way for way in found if way.seconds * _CLEARLY <= least_s), key=lambda way: (way.streamed_bytes, way.slot_count))
+    return min((way for way in found if way.seconds * _CLEARLY <= least_s), key=lambda way: (way.streamed_bytes, way.staging_bytes))
 
 
 def _finished(problem: Problem, found: Sequence[_Way]) -> Residency:
     best = _better(found)
-    return problem.finished(best.stays, best.slot_count)
-
-
-def _fits(problem: Problem, stays: Sequence[bool], slot_count: int) -> bool:
-    kept = sum(size for size, stay in zip(problem.sizes_bytes, stays, strict=True) if stay)
-    slot = max((size for size, stay in zip(problem.sizes_bytes, stays, strict=True) if not stay), default=0)
-    return kept + slot_count * slot <= problem.room_bytes
+    return problem.finished(best.stays, best.staging_bytes)
 
 
 def _all_ways(problem: Problem) -> Iterator[tuple[tuple[bool, ...], int]]:
@@ -200,27 +227,38 @@ def _all_ways(problem: Problem) -> Iterator[tuple[tuple[bool, ...], int]]:
         stays = [True] * len(problem.sizes_bytes)
         for index, flag in zip(whole, flags, strict=True):
             stays[index] = flag
-        streamed = flags.count(False)
-        # As many slots as streamed blocks would be residency by another name.
-        for slot_count in range(1, streamed) if streamed else (0,):
-            if _fits(problem, stays, slot_count):
-                yield tuple(stays), slot_count
+        kept = sum(size for size, stay in zip(problem.sizes_bytes, stays, strict=True) if stay)
+        sizes = [problem.sizes_bytes[index] for index in whole if not stays[index]]
+        if sizes:
+            yield from ((tuple(stays), staging_bytes) for staging_bytes in _stagings(sizes, problem.room_bytes - kept))
+        elif kept <= problem.room_bytes:
+            yield tuple(stays), 0
+
+
+def _stagings(sizes_bytes: Sequence[int], room_bytes: int) -> list[int]:
+    """Staging buffers of different use: blocks come to lie otherwise only where one more fits in front of the end."""
+    most = min(room_bytes, sum(sizes_bytes) - 1)
+    sums = {
+        sum(islice(cycle(sizes_bytes), first, last)) for first in range(len(sizes_bytes)) for last in range(first, first + len(sizes_bytes))
+    }
+    return [total for total in sorted(sums) if max(sizes_bytes) <= total <= most]
 
 
 def _some_ways(problem: Problem) -> Iterator[tuple[tuple[bool, ...], int]]:
-    """Ways to fill the room, the most promising first: the most bytes, spread evenly; then by other orders and with other slots."""
+    """Ways to fill the room, the most promising first: the most bytes, spread evenly; then by other orders, with more or less staging."""
     most = choose(problem.sizes_bytes, problem.owners, problem.room_bytes)
     if most is None:
         return
-    if most.slot_count == 0:
+    if most.staging_bytes == 0:
         yield (True,) * len(problem.sizes_bytes), 0
     else:
-        yield _owned(problem, most.resident), most.slot_count
-    for slot_count in (2, 3, _MOST_SLOTS, 1):
+        stays = _owned(problem, most.resident)
+        yield stays, problem.staging_bytes(stays) or most.staging_bytes
+    for slots in _FILLED_SLOTS:
         for order in _orders(problem):
-            filled = _filled(problem, order, slot_count, problem.room_bytes)
+            filled = _filled(problem, order, slots, problem.room_bytes)
             if filled is not None:
-                yield filled, slot_count
+                yield filled, problem.staging_bytes(filled)
     if problem.takes_turns:
         # Residents come in before anything computes and streamed blocks while others do, so that less than fits may be better. These
         # rooms do not depend on the budget: a larger one tries what a smaller one tried.
@@ -228,11 +266,12 @@ def _some_ways(problem: Problem) -> Iterator[tuple[tuple[bool, ...], int]]:
         for eighth in range(_EIGHTHS - 1, 0, -1):
             filled = _filled(problem, scattered, 2, min(problem.room_bytes, sum(problem.sizes_bytes) * eighth // _EIGHTHS))
             if filled is not None:
-                yield filled, 2
+                yield filled, problem.staging_bytes(filled, 2)
     nothing = tuple(not size for size in problem.sizes_bytes)
-    for slot_count in (2, 3, _MOST_SLOTS, 1):
-        if slot_count < len(problem.whole) and _fits(problem, nothing, slot_count):
-            yield nothing, slot_count
+    for slots in (2, 3, _MOST_SLOTS, 1):
+        staging_bytes = problem.staging_bytes(nothing, slots)
+        if staging_bytes:
+            yield nothing, staging_bytes
 
 
 def _owned(problem: Problem, resident: Sequence[bool]) -> tuple[bool, ...]:
@@ -261,27 +300,27 @@ def _scattered(count: int) -> list[int]:
     return [index for index in mirrored if index < count]
 
 
-def _filled(problem: Problem, order: Sequence[int], slot_count: int, room_bytes: int) -> tuple[bool, ...] | None:
-    """Keep blocks in an order while a room holds them beside slots for the largest of the rest."""
+def _filled(problem: Problem, order: Sequence[int], slots: float, room_bytes: int) -> tuple[bool, ...] | None:
+    """Keep blocks in an order while a room holds them beside so many slots for the largest of the rest."""
     sizes = problem.sizes_bytes
     by_size = sorted(problem.whole, key=lambda i: -sizes[i])
     stays = [not size for size in sizes]
     kept_bytes = largest = left = 0
     left = len(by_size)
     for index in order:
-        if left <= slot_count + 1:
+        if left <= slots + 1:
             break
         stays[index] = True
         after = largest
         while after < len(by_size) and stays[by_size[after]]:
             after += 1
-        if kept_bytes + sizes[index] + slot_count * sizes[by_size[after]] <= room_bytes:
+        if kept_bytes + sizes[index] + slots * sizes[by_size[after]] <= room_bytes:
             kept_bytes += sizes[index]
             largest = after
             left -= 1
         else:
             stays[index] = False
-    return tuple(stays) if left > slot_count and _fits(problem, stays, slot_count) else None
+    return tuple(stays) if left > slots and problem.staging_bytes(stays) else None
 
 
 def _exchanged(problem: Problem, way: _Way) -> _Way:
@@ -289,27 +328,29 @@ def _exchanged(problem: Problem, way: _Way) -> _Way:
     improved = True
     while improved and problem.steps <= _EXCHANGED_STEPS:
         improved = False
-        for stays, slot_count in _changes(problem, way):
+        for stays, slots in _changes(problem, way):
             if problem.steps > _EXCHANGED_STEPS:
                 break
-            problem.steps += len(stays)  # looking at a change costs about as much as simulating so many steps
-            if not slot_count < stays.count(False) or not _fits(problem, stays, slot_count):
-                continue
-            if problem.floor_s(stays, slot_count) >= way.seconds:
-                continue
-            other = _way(problem, stays, slot_count)
-            if other.seconds < way.seconds * _CLEARLY:
+            other = _changed(problem, stays, slots, way.seconds)
+            if other is not None and other.seconds < way.seconds * _CLEARLY:
                 way, improved = other, True
                 break
     return way
 
 
+def _changed(problem: Problem, stays: Sequence[bool], slots: int, most_s: float) -> _Way | None:
+    """A choice with what it takes; None where it does not fit or is known to take longer."""
+    problem.steps += len(stays)  # looking at a change costs about as much as simulating so many steps
+    staging_bytes = problem.staging_bytes(stays, slots)
+    if not staging_bytes or problem.floor_s(stays, staging_bytes) >= most_s:
+        return None
+    return _way(problem, stays, staging_bytes)
+
+
 def _changes(problem: Problem, way: _Way) -> Iterator[tuple[list[bool], int]]:
-    """One slot more or less, one block more or less, and one block for another, neighbours first; of few blocks three at once."""
-    slot_count = max(1, way.slot_count)
-    for other in (slot_count + 1, slot_count - 1):
-        if 1 <= other <= _MOST_SLOTS:
-            yield list(way.stays), other
+    """Less staging, one block more or less, and one block for another, neighbours first; of few blocks three at once."""
+    for slots in range(_MOST_SLOTS - 1, 0, -1):
+        yield list(way.stays), slots
     singles = [(index,) for index in problem.whole]
     # Where a block is much of the whole, one that goes makes room for two; among many blocks, exchanges of two get there step by step.
     triples = combinations(problem.whole, 3) if len(problem.whole) <= _FEW else ()
@@ -319,7 +360,7 @@ def _changes(problem: Problem, way: _Way) -> Iterator[tuple[list[bool], int]]:
         stays = list(way.stays)
         for index in change:
             stays[index] = not stays[index]
-        yield stays, slot_count
+        yield stays, _MOST_SLOTS
 
 
 def _shaken(problem: Problem, way: _Way) -> _Way:
@@ -331,14 +372,10 @@ def _shaken(problem: Problem, way: _Way) -> _Way:
         stays = list(present.stays)
         for index in draw.sample(problem.whole, draw.randint(1, 3)):
             stays[index] = not stays[index]
-        problem.steps += len(stays)
         heat_s = _HEAT * way.seconds * (1 - max(number / _SHAKES, problem.steps / _MOST_STEPS))
-        slot_count = max(1, way.slot_count)
-        if not slot_count < stays.count(False) or not _fits(problem, stays, slot_count):
+        other = _changed(problem, stays, _MOST_SLOTS, present.seconds + 3 * heat_s)
+        if other is None:
             continue
-        if problem.floor_s(stays, slot_count) >= present.seconds + 3 * heat_s:
-            continue
-        other = _way(problem, stays, slot_count)
         if other.seconds <= present.seconds or (heat_s > 0 and draw.random() < exp((present.seconds - other.seconds) / heat_s)):
             present = other
             best = min(best, present)

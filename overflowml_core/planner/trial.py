@@ -22,7 +22,7 @@ from overflowml_core.planner.rebuild import drafts_behind, setting_behind
 from overflowml_core.planner.setting import Setting
 from overflowml_core.planner.splits import Key, Split, other_splits, split_of
 from overflowml_core.planner.stage import rates_of
-from overflowml_core.units import format_seconds
+from overflowml_core.units import format_bytes, format_seconds
 from overflowml_core.work import BlockWork, PassProfile, Work
 
 CLOSE = 1.25
@@ -137,8 +137,10 @@ class Contest:
     @property
     def pass_s(self) -> float | None:
         """Seconds of a pass under the present plan as they were measured, of the phase that takes longest; None where nothing was."""
-        present = {index: (phase.placements, phase.slot_count) for index, phase in enumerate(self.plan.phases)}
-        runs = [r for i, bout in self._bouts.items() for r in bout.runs.values() if (r.phase.placements, r.phase.slot_count) == present[i]]
+        present = {index: (phase.placements, phase.staging_bytes) for index, phase in enumerate(self.plan.phases)}
+        runs = [
+            r for i, bout in self._bouts.items() for r in bout.runs.values() if (r.phase.placements, r.phase.staging_bytes) == present[i]
+        ]
         return max(runs, key=lambda run: run.total_s).pass_s if runs else None
 
     def sentences(self) -> tuple[str, ...]:
@@ -309,16 +311,16 @@ def _phase_with(phase: PhasePlan, split: Split) -> PhasePlan:
         replace(place, tier=Tier.DEVICE if stays else home, home=home)
         for place, stays, home in zip(phase.placements, residency.resident, split.homes.blocks, strict=True)
     )
-    return replace(phase, placements=placements, slot_count=residency.slot_count, slot_bytes=residency.slot_bytes)
+    return replace(phase, placements=placements, staging_bytes=residency.staging_bytes, slot_bytes=residency.slot_bytes)
 
 
 def _told(phase: PhasePlan, bout: _Bout) -> str:
     def words(run: _Run) -> str:
         kept = sum(p.tier is Tier.DEVICE for p in run.phase.placements)
         blocks = f"{kept} of {len(run.phase.placements)} blocks resident"
-        return f"{format_seconds(run.pass_s)} a pass with {blocks} and {run.phase.slot_count} slots"
+        return f"{format_seconds(run.pass_s)} a pass with {blocks} and {format_bytes(run.phase.staging_bytes)} of staging"
 
-    present = (tuple(p.tier is Tier.DEVICE for p in phase.placements), phase.slot_count)
+    present = (tuple(p.tier is Tier.DEVICE for p in phase.placements), phase.staging_bytes)
     runs = list(bout.runs.items())
     kept = "; ".join(words(run) for key, run in runs if key == present)
     others = "; ".join(words(run) for key, run in runs if key != present)

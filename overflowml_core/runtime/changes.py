@@ -171,8 +171,8 @@ class Changes:
         if wanted is None:
             phase.guests.refuse(before, self._budget_bytes)
         elif wanted != phase.plan:
-            blocks, slots = len(wanted.streamed) - len(before.streamed), max(before.slot_count - wanted.slot_count, 0)
-            _log.info("%s: %d resident blocks and %d staging slots make room for what was added", before.name, blocks, slots)
+            blocks, nbytes = len(wanted.streamed) - len(before.streamed), max(before.staging_bytes - wanted.staging_bytes, 0)
+            _log.info("%s: %d resident blocks and %d bytes of staging make room for what was added", before.name, blocks, nbytes)
             self._go_under(phase, wanted)
         if wanted is not None and wanted != before:
             self._shrunk[id(phase)] = (before, wanted)

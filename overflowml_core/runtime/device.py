@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,8 +80,8 @@ class Device(ABC):
             torch.OutOfMemoryError: the device has no room; on the CPU a RuntimeError or MemoryError of the allocator.
         """
 
-    def slot(self, nbytes: int) -> torch.Tensor:
-        """Allocate a staging slot on the device; in RAM it starts on a page, so that files can be read straight into it.
+    def staging(self, nbytes: int) -> torch.Tensor:
+        """Allocate a staging buffer on the device; in RAM it starts on a page, so that files can be read straight into it.
 
         Raises:
             torch.OutOfMemoryError, MemoryError: as for ``empty``.
@@ -113,8 +113,8 @@ class Device(ABC):
         """Let the event mark all work that the calling thread has queued for computing so far."""
 
     @abstractmethod
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any, done: Any) -> None:
-        """Copy bytes to the device once ``after`` is done, without waiting; ``done`` marks the end of the copy."""
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Any], done: Any) -> None:
+        """Copy bytes to the device once the events ``after`` are done, without waiting; ``done`` marks the end of the copy."""
 
     @abstractmethod
     def record_copies(self, event: Any) -> None:
@@ -156,7 +156,7 @@ class HostDevice(Device):
     def empty(self, nbytes: int) -> torch.Tensor:
         return self.arenas.book(torch.empty(nbytes, dtype=torch.uint8))
 
-    def slot(self, nbytes: int) -> torch.Tensor:
+    def staging(self, nbytes: int) -> torch.Tensor:
         return self.arenas.book(whole_pages(nbytes))
 
     def host_buffer(self, nbytes: int, pin: bool) -> torch.Tensor:
@@ -168,7 +168,7 @@ class HostDevice(Device):
     def record(self, event: None) -> None:
         pass
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: None, done: None) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[None], done: None) -> None:
         target.copy_(source)
 
     def record_copies(self, event: None) -> None:
@@ -229,9 +229,10 @@ class StreamDevice(Device):
     def record(self, event: Any) -> None:
         event.record(self.module.current_stream(self.torch_device))
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any, done: Any) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Any], done: Any) -> None:
         with self.module.stream(self._copy_stream):
-            self._copy_stream.wait_event(after)
+            for event in after:
+                self._copy_stream.wait_event(event)
             target.copy_(source, non_blocking=True)
             done.record(self._copy_stream)
 
@@ -312,7 +313,7 @@ class OrderedDevice(Device):
     def record(self, event: None) -> None:
         pass
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: None, done: None) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[None], done: None) -> None:
         target.copy_(source)
 
     def record_copies(self, event: None) -> None:

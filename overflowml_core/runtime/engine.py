@@ -163,7 +163,7 @@ class Engine:
 
     def _streamer(self, phase: PhasePlan, homes: Sequence[Home]) -> Streamer:
         spare_bytes = max(self.plan.budget.device_bytes - phase.device_bytes, 0)
-        return Streamer(self.device, self._feeder, homes, phase.slot_count, phase.slot_bytes, spare_bytes)
+        return Streamer(self.device, self._feeder, homes, phase.staging_bytes, spare_bytes)
 
     def _settle(self, unit: Unit, home: Tier, loading: Loading | None) -> Held:
         slab = lay_out(unit, loading)
@@ -236,7 +236,7 @@ class Engine:
             if self._active is phase:
                 self._deactivate()
             phase.residents = list(cast.residents)
-            phase.streamer = Streamer(self.device, self._feeder, cast.streamed, phase.plan.slot_count, cast.slot_bytes)
+            phase.streamer = Streamer(self.device, self._feeder, cast.streamed, cast.staging_bytes(phase.plan))
             for home in (*cast.residents, *cast.streamed):
                 home.slab.install(home.parameters)
             phase.guests.cast(dtype)
@@ -250,7 +250,7 @@ class Engine:
         """Go on under another plan of the same network, with the same formats and budget. No call of a managed module may be under way.
 
         Raises:
-            PlanMismatch: the plan differs by more than where blocks are, and how many slots there are.
+            PlanMismatch: the plan differs by more than where blocks are, and how large the staging buffer is.
             Unsupported: a component was cast or has guests, or the engine is detached.
             torch.OutOfMemoryError, MemoryError, ReadFault, OverflowmlError: it could not be carried out; the engine goes on as before.
         """
@@ -278,7 +278,7 @@ class Engine:
         mover = Mover(self.device, self._feeder, self._maps, self._packed_store)
         try:
             for phase, wanted in zip(self._phases, plan.phases, strict=True):
-                if (wanted.placements, wanted.slot_count) == (phase.plan.placements, phase.plan.slot_count):
+                if (wanted.placements, wanted.staging_bytes) == (phase.plan.placements, phase.plan.staging_bytes):
                     phase.plan = wanted
                     continue
                 if self._active is phase:

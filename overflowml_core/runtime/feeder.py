@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from overflowml_core.facts import Tier
+from overflowml_core.runtime.chunks import DIRECT_ALIGNMENT_BYTES
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.file_layout import FileLayout, as_in_file
 from overflowml_core.runtime.homes import Home
@@ -17,12 +18,21 @@ from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.ring_layout import windows_of
 from overflowml_core.runtime.slab import Slab
 from overflowml_core.runtime.source import fill, stored_as_is, windows
+from overflowml_core.staging import likewise
 
 _RING_COUNT = 2
 """Two buffers: the disk fills one while the copy engine empties the other."""
 
 LARGEST_WINDOW_BYTES = 64 * 2**20
 """Bytes of one read when whole slabs are brought in at load. Larger reads gain nothing: comfy-aimdo reads 64 MiB windows, and so do we."""
+
+
+class Staged(NamedTuple):
+    """Homes as their blocks lie in a staging buffer, what each takes of it, and what it takes itself, in bytes."""
+
+    homes: list[Home]
+    sizes_bytes: list[int]
+    staging_bytes: int
 
 
 class Feeder:
@@ -47,23 +57,28 @@ class Feeder:
         # The reader thread streams blocks while a phase switch may bring in residents; both use the ring.
         self._lock = threading.Lock()
 
-    def slot_bytes(self, homes: Sequence[Home], slab_bytes: int, spare_bytes: int) -> int:
-        """What a staging slot takes so that blocks can be read into it straight from their files.
+    def staged(self, homes: Sequence[Home], staging_bytes: int, spare_bytes: int) -> Staged:
+        """Homes as their blocks lie in a staging buffer: as in their files where that makes reads faster and there is room, else as slabs.
 
         Args:
-            homes: of the blocks that pass through it.
-            slab_bytes: what it takes at least.
-            spare_bytes: what it may take in addition.
+            homes: of the blocks that pass through it, in order.
+            staging_bytes: of the buffer at least.
+            spare_bytes: what it may have in addition.
         """
-        taken = (layout.slab.nbytes for layout in map(self._layout_of, homes) if layout is not None)
-        return max((nbytes for nbytes in taken if slab_bytes < nbytes <= slab_bytes + spare_bytes), default=slab_bytes)
-
-    def staged(self, home: Home, slot_bytes: int) -> Home:
-        """A home as its block lies in a slot: as in its files where that makes reads faster and the slot has room, else as a slab."""
-        layout = self._layout_of(home)
-        if layout is None or layout.slab.nbytes > slot_bytes:
-            return home
-        return replace(home, slab=layout.slab, pieces=layout.pieces)
+        sizes = [home.slab.nbytes for home in homes]
+        most = staging_bytes + spare_bytes
+        if self.device.on_host and any(home.tier is Tier.DISK for home in homes):
+            layouts = [self._layout_of(home) for home in homes]
+            as_filed = [
+                home if one is None else replace(home, slab=one.slab, pieces=one.pieces) for home, one in zip(homes, layouts, strict=True)
+            ]
+            for found in (as_filed, list(homes)):
+                paged = [-(-home.slab.nbytes // DIRECT_ALIGNMENT_BYTES) * DIRECT_ALIGNMENT_BYTES for home in found]
+                grown = likewise(sizes, staging_bytes, paged)
+                # A block less at a time costs less than the page cache does.
+                if grown <= most or 2 * max(paged) <= most:
+                    return Staged(found, paged, min(grown, most))
+        return Staged(list(homes), sizes, staging_bytes)
 
     def _layout_of(self, home: Home) -> FileLayout | None:
         if not self.device.on_host or home.tier is not Tier.DISK or not stored_as_is(home.slab):
@@ -72,13 +87,13 @@ class Feeder:
             return None
         return as_in_file(home.slab)
 
-    def feed(self, home: Home, target: torch.Tensor, after: Any, done: Any) -> None:
+    def feed(self, home: Home, target: torch.Tensor, after: Sequence[Any], done: Any) -> None:
         """Bring a slab from its home to the device.
 
         Args:
             home: in RAM or on disk.
             target: bytes on the device, at least as many as the slab has.
-            after: event before which the target must not be written.
+            after: events before which the target must not be written.
             done: event to record behind the last copy.
 
         Raises:
@@ -95,7 +110,7 @@ class Feeder:
             self._through_ring(home, target, after)
             self.device.record_copies(done)
 
-    def _through_ring(self, home: Home, target: torch.Tensor, after: Any) -> None:
+    def _through_ring(self, home: Home, target: torch.Tensor, after: Sequence[Any]) -> None:
         with self._lock:
             for window in windows_of(home.pieces, self._window_bytes):
                 buffer, free = self._next_buffer()

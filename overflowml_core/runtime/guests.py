@@ -164,15 +164,14 @@ class Guests:
         return max(self.nbytes - phase.activation_bytes // _RESERVE_SHARE, 0)
 
     def refuse(self, phase: PhasePlan, budget_bytes: int) -> NoReturn:
-        """Say that a phase has no room for them, even with none of its blocks resident and one staging slot.
+        """Say that a phase has no room for them, even with none of its blocks resident and staging for the largest of them.
 
         Raises:
             DoesNotFit: always.
         """
         taken = self.nbytes
-        slots_bytes = phase.slot_count * phase.slot_bytes
         one_slot_bytes = max((place.stored_bytes for place in phase.placements), default=0)
-        needed = phase.device_bytes - phase.resident_bytes - slots_bytes + one_slot_bytes + self.wanted_bytes(phase)
+        needed = phase.device_bytes - phase.resident_bytes - phase.staging_bytes + one_slot_bytes + self.wanted_bytes(phase)
         remedy = f"give overflow='{ceil_size(needed)}' or more, or take out what was added"
         miss = NearMiss(f"{phase.name} with what was added to it", needed, budget_bytes, remedy)
         raise DoesNotFit(

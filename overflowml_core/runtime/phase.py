@@ -121,7 +121,7 @@ class Phase:
         self._arenas.append(arena)
         start, end = self._device.new_event(), self._device.new_event()
         self._device.record(start)
-        self._feeder.feed(home, arena, start, end)
+        self._feeder.feed(home, arena, (start,), end)
         parameters, module = home.slab.parameters(arena), home.slab.unit.module
         if module is not None and self._device.overlaps:
             # The phase's own method and no closure: in a cycle of references it would keep the arena past the phase.

@@ -20,6 +20,7 @@ from overflowml_core.runtime.feeder import Feeder
 from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk, rehome
 from overflowml_core.runtime.hooking import hook_blocks, unhook_blocks
 from overflowml_core.runtime.phase import Phase
+from overflowml_core.runtime.room import with_less_staging
 from overflowml_core.runtime.slab import Slab
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.runtime.streamer import Streamer
@@ -81,7 +82,7 @@ class Mover:
         arena = self._device.empty(held.slab.nbytes)
         start, end = self._device.new_event(), self._device.new_event()
         self._device.record(start)
-        self._feeder.feed(held.home, arena, start, end)
+        self._feeder.feed(held.home, arena, (start,), end)
         # The home is let go next: its memory must not be handed out while the copy reads it.
         self._device.wait_on_host(end)
         parameters = held.slab.parameters(arena)
@@ -99,7 +100,7 @@ class Mover:
         """Give the blocks of a phase the homes of another plan.
 
         Those that come to the device and those that leave it take turns, so that neither the device nor RAM holds more at any moment than
-        under one of both plans, and one block. No staging slot may be open.
+        under one of both plans, and one block. No staging buffer may be open.
 
         Raises:
             Whatever :meth:`settle` raises; every block is back where it was then, as far as that could be done.
@@ -139,7 +140,7 @@ def as_held(phase: PhasePlan, held: Mapping[BlockKey, Held], takes_turns: bool, 
         phase: where they should be.
         held: where they are.
         takes_turns: residents have homes outside the device.
-        budget_bytes: of the device; slots are given up before it is passed.
+        budget_bytes: of the device; staging is given up before it is passed.
     """
     if takes_turns:
         places = tuple(replace(p, home=(home := held[p.component, p.block].home.tier), tier=_tier(p.tier, home)) for p in phase.placements)
@@ -148,10 +149,8 @@ def as_held(phase: PhasePlan, held: Mapping[BlockKey, Held], takes_turns: bool, 
     if places == phase.placements:
         return phase
     slot_bytes = max((p.stored_bytes for p in places if p.tier is not Tier.DEVICE), default=0)
-    found = replace(phase, placements=places, slot_bytes=slot_bytes, slot_count=max(1, phase.slot_count) if slot_bytes else 0)
-    while found.slot_count > 1 and found.device_bytes > budget_bytes:
-        found = replace(found, slot_count=found.slot_count - 1)
-    return found
+    staging_bytes = max(slot_bytes, phase.staging_bytes) if slot_bytes else 0
+    return with_less_staging(replace(phase, placements=places, slot_bytes=slot_bytes, staging_bytes=staging_bytes), budget_bytes)
 
 
 def _tier(tier: Tier, home: Tier) -> Tier:

@@ -17,6 +17,7 @@ from overflowml_core.runtime.homes import Home
 from overflowml_core.runtime.parts import is_plain, label
 from overflowml_core.runtime.slab import Entry, Slab
 from overflowml_core.runtime.store import PackedStore
+from overflowml_core.staging import likewise
 from overflowml_core.units import ceil_size
 
 
@@ -27,10 +28,10 @@ class Cast:
     residents: tuple[Home, ...]
     streamed: tuple[Home, ...]
 
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of a staging slot that holds each of the streamed slabs."""
-        return max((home.slab.nbytes for home in self.streamed), default=0)
+    def staging_bytes(self, phase: PhasePlan) -> int:
+        """Bytes of a staging buffer that holds as many of the streamed slabs at a time as the plan's does."""
+        sizes = [place.stored_bytes for place in phase.streamed]
+        return likewise(sizes, phase.staging_bytes, [home.slab.nbytes for home in self.streamed])
 
 
 def cast_phase(present: Cast, dtype: torch.dtype, device: Device, open_store: Callable[[], PackedStore]) -> Cast:
@@ -95,7 +96,7 @@ def check_room(cast: Cast, phase: PhasePlan, budget_bytes: int, dtype: torch.dty
     Raises:
         DoesNotFit: it takes more than the plan may.
     """
-    held = sum(home.slab.nbytes for home in cast.residents) + phase.slot_count * cast.slot_bytes
+    held = sum(home.slab.nbytes for home in cast.residents) + cast.staging_bytes(phase)
     growth = max(held - (phase.device_bytes - phase.activation_bytes), 0)
     needed = held + max(phase.activation_bytes - growth, 0)
     if needed > budget_bytes:

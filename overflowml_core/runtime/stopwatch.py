@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -118,20 +118,20 @@ class _TimedDevice:
     def __init__(self, device: Device, clock: _EventClock, homes: Iterable[Home], feeds: list[_Feed]) -> None:
         self._device = device
         self._clock = clock
-        self._tiers = {id(home.host): home.tier for home in homes if home.host is not None}
+        self._tiers = {home.host.untyped_storage().data_ptr(): home.tier for home in homes if home.host is not None}
         self._feeds = feeds
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
 
-    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any, done: Any) -> None:
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Any], done: Any) -> None:
         """See :meth:`Device.copy`."""
         began, ended = self._clock.new(), self._clock.new()
         # The first byte ahead of the others marks where the copy engine is through with what was before, and the slot is free.
         self._device.copy(target[:1], source[:1], after, began)
         self._device.copy(target, source, after, done)
         self._device.record_copies(ended)
-        self._feeds.append(_Feed(self._tiers.get(id(source), Tier.DEVICE), target.numel(), began, ended))
+        self._feeds.append(_Feed(self._tiers.get(source.untyped_storage().data_ptr(), Tier.DEVICE), target.numel(), began, ended))
 
 
 class _TimedFeeder:
@@ -144,7 +144,7 @@ class _TimedFeeder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._feeder, name)
 
-    def feed(self, home: Home, target: torch.Tensor, after: Any, done: Any) -> None:
+    def feed(self, home: Home, target: torch.Tensor, after: Sequence[Any], done: Any) -> None:
         """See :meth:`Feeder.feed`."""
         began = time.perf_counter()
         self._feeder.feed(home, target, after, done)

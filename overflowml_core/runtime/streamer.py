@@ -1,11 +1,11 @@
 """The state machine that keeps the next block on its way while one computes: request, wait, release.
 
-Note [slots and events]. A block comes into the slot behind that of the block before it, round and round, so that neighbours
-never share one, not even the last of a pass and the first of the next. ``ready`` of a slot is recorded behind the copy into
-it, and whoever computes waits for it; ``free`` of a slot is recorded behind the computation that read it, and the next copy
-into the slot waits for that. Both directions are needed: without the first a block computes with the previous block's
-weights, without the second a copy overwrites weights in use. The host waits for neither; it waits only for the reader
-thread, where a block comes from disk.
+Note [slots and events]. A block comes into the slot behind that of the block before it, round and round in the staging buffer (see
+note [round and round] in staging.py), so that neighbours share no byte where there is room for both, not even the last of a pass and
+the first of the next. ``ready`` of a slot is recorded behind the copy into it, and whoever computes waits for it; ``free`` of a slot
+is recorded behind the computation that read it, and whatever is copied over it next waits for that. Both directions are needed:
+without the first a block computes with the previous block's weights, without the second a copy overwrites weights in use. The host
+waits for neither; it waits only for the reader thread, where a block comes from disk.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from overflowml_core.facts import Tier
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.feeder import Feeder
 from overflowml_core.runtime.homes import Home
+from overflowml_core.staging import Place, behind, free_bytes, is_worth
 
 _LOOK_AGAIN_S = 0.5
 """A thread that waits for a slot looks this often whether those who use it are still there."""
@@ -33,6 +34,10 @@ _LOOK_AGAIN_S = 0.5
 _AT_ONCE = threading.Event()
 _AT_ONCE.set()
 """What a request has that the calling thread carries out itself: nobody sees it before its copy is queued."""
+
+
+_MOST_ADDRESSES = 32
+"""Of a block, whose parameters are kept; only blocks that are called in ever new orders come to lie in more places."""
 
 
 class _Request:
@@ -46,59 +51,65 @@ class _Request:
 
 
 class _Slot:
-    """A staging slot: which block it holds or awaits, who computes with it, and how each block looks in it."""
+    """A block's place in the staging buffer: how far its copy was sent for, who computes with it, and how the block looks there."""
 
-    __slots__ = ("buffer", "free", "holder", "index", "parameters", "ready", "request", "targets", "users")
+    __slots__ = ("free", "k", "over", "parameters", "place", "ready", "request", "sent_bytes", "target", "users")
 
-    def __init__(self, index: int, buffer: torch.Tensor, free: Any, ready: Any) -> None:
-        self.index = index
-        self.buffer = buffer
+    def __init__(self, k: int, place: Place, target: torch.Tensor, free: Any, ready: Any) -> None:
+        self.k = k
+        self.place = place
+        self.target = target
         self.free = free
         self.ready = ready
-        self.holder: int | None = None
+        self.sent_bytes = 0
+        self.over: list[tuple[Place, Any]] = []  # what it put an end to, and behind what
         self.request: _Request | None = None
         self.users: list[int] = []  # idents of the threads that compute with it
-        self.parameters: dict[int, tuple[nn.Parameter, ...]] = {}  # by block, made when it is there for the first time
-        self.targets: dict[int, torch.Tensor] = {}  # by block, the bytes that a copy from RAM fills
+        self.parameters: tuple[nn.Parameter, ...] | None = None  # made when the block is called there for the first time
 
 
 class Streamer:
-    """Streams the blocks of one phase through its staging slots, in the order in which they are called.
+    """Streams the blocks of one phase through its staging buffer, in the order in which they are called.
 
     The order of the first pass is assumed to be that of the homes; every later pass is predicted by the one before. A block that is
     called out of order is fetched on the spot: slower, and right.
     """
 
-    def __init__(
-        self, device: Device, feeder: Feeder, homes: Sequence[Home], slot_count: int, slot_bytes: int, spare_bytes: int = 0
-    ) -> None:
-        """Plan the slots; :meth:`open` takes them.
+    def __init__(self, device: Device, feeder: Feeder, homes: Sequence[Home], staging_bytes: int, spare_bytes: int = 0) -> None:
+        """Plan the staging buffer; :meth:`open` takes it.
 
         Args:
             device: what computes.
             feeder: brings blocks into slots.
             homes: of the streamed blocks, in the order of the first pass.
-            slot_count: staging slots.
-            slot_bytes: of each.
-            spare_bytes: of the budget, which slots in RAM may take in addition so that files can be read straight into them.
+            staging_bytes: of the buffer, at least those of the largest block.
+            spare_bytes: of the budget, which a buffer in RAM may take in addition so that files can be read straight into it.
         """
         self.device = device
         self.feeder = feeder
         self.homes = tuple(homes)
-        self.slot_count = min(slot_count, len(self.homes))
-        self.slot_bytes = slot_bytes
+        self.staging_bytes = min(staging_bytes, sum(home.slab.nbytes for home in self.homes))
         self.spare_bytes = spare_bytes
         self.pass_count = 0
         """Passes begun: how often the first block was called."""
         self.streamed_bytes = 0
         self.stall_s = 0.0
         """Seconds in which the host waited for the reader thread."""
-        self._slots: list[_Slot] = []
+        self._buffer: torch.Tensor | None = None
+        self._opened: Any = None
+        """Behind what the memory of the buffer was used for before."""
         self._staged: list[Home] = []
+        self._sizes: list[int] = []
+        self._limit = 0
+        """Bytes of the buffer that blocks may lie in."""
         self._held: list[_Slot | None] = [None] * len(self.homes)
         """Per block, the slot that holds or awaits it."""
-        self._last = 0
-        """Slot of the block that was called last."""
+        self._live: list[_Slot] = []
+        """These slots, in the order in which they were sent for."""
+        self._known: list[dict[int, _Slot]] = [{} for _ in self.homes]
+        """Per block, its slots by their first byte."""
+        self._end = 0
+        """The byte behind the block that was called last."""
         self._places = [_places_of(home) for home in self.homes]
         self._successor = [(k + 1) % len(self.homes) for k in range(len(self.homes))]
         self._previous: int | None = None
@@ -107,45 +118,43 @@ class Streamer:
 
     @property
     def is_open(self) -> bool:
-        """Whether the slots are allocated."""
-        return bool(self._slots)
+        """Whether the staging buffer is allocated."""
+        return self._buffer is not None
 
     def open(self) -> None:
-        """Allocate the slots and start the first copies.
+        """Allocate the staging buffer and start the first copies.
 
         Raises:
             torch.OutOfMemoryError: the device has no room; nothing stays allocated.
         """
         if self.is_open or not self.homes:
             return
-        slot_bytes = self.feeder.slot_bytes(self.homes, self.slot_bytes, self.spare_bytes // self.slot_count)
-        buffers = [self.device.slot(slot_bytes) for _ in range(self.slot_count)]
-        self._staged = [self.feeder.staged(home, slot_bytes) for home in self.homes]
+        self._staged, self._sizes, self._limit = self.feeder.staged(self.homes, self.staging_bytes, self.spare_bytes)
+        self._buffer = self.device.staging(self._limit)
         self._places = [_places_of(home) for home in self.homes]  # weights may have been let go since the last time
-        self._slots = [_Slot(i, buffer, self.device.new_event(), self.device.new_event()) for i, buffer in enumerate(buffers)]
-        for slot in self._slots:
-            # The allocator may hand out memory that queued work still reads; the first copies wait for that work.
-            self.device.record(slot.free)
+        # The allocator may hand out memory that queued work still reads; the first copies wait for that work.
+        self._opened = self.device.new_event()
+        self.device.record(self._opened)
         if any(self._needs_reader(home) for home in self.homes):
             # In RAM the next block's reads stand in line behind the present one's, so that the disk never pauses; a ring serves one
             # after the other.
-            count = self.slot_count if self.device.on_host else 1
+            count = max(2, self._limit // max(self._sizes)) if self.device.on_host else 1
             self._reader = ThreadPoolExecutor(max_workers=count, thread_name_prefix="overflowml-reader")
         with self._condition:
-            self._last = self.slot_count - 1
-            for k, slot in enumerate(self._slots):
-                self._send(k, slot)
+            self._end = 0
+            self._prefetch(0)
 
     def close(self) -> None:
-        """Free the slots; all blocks are at home afterwards. A second call does nothing."""
+        """Free the staging buffer; all blocks are at home afterwards. A second call does nothing."""
         reader, self._reader = self._reader, None
         if reader is not None:
             reader.shutdown(wait=True, cancel_futures=True)
-        if self._slots:
+        if self.is_open:
             self.device.synchronize()
         for home in self.homes:
             home.slab.install(home.parameters)
-        self._slots, self._staged, self._held, self._previous = [], [], [None] * len(self.homes), None
+        self._buffer, self._staged, self._live, self._previous = None, [], [], None
+        self._held, self._known = [None] * len(self.homes), [{} for _ in self.homes]
 
     def wait(self, k: int) -> None:
         """Have block k on the device and installed; called right before it computes.
@@ -157,14 +166,15 @@ class Streamer:
         me = threading.get_ident()
         with self._condition:
             slot = self._held[k]
-            if slot is None or me in slot.users:
+            if slot is None or me in slot.users or not self._has_room(slot):
                 slot = self._slot_for(k, me)
             request = slot.request
-            if slot.holder != k or request is None:
-                self._await_issue(request)  # a read under way into this slot ends first
-                request = self._send(k, slot)
+            if request is None or slot.sent_bytes < self._sizes[k]:
+                for other in self._under(slot, self._sizes[k]):
+                    self._await_issue(other.request)  # a read under way to these bytes ends first
+                request = self._send(slot, self._sizes[k])
             slot.users.append(me)
-            self._last = slot.index
+            self._end = slot.place.end
             self.pass_count += k == 0
             self._learn(k)
         try:
@@ -172,36 +182,58 @@ class Streamer:
             if request.error is not None:
                 raise request.error
             self.device.wait(slot.ready)
-            parameters = slot.parameters.get(k)
-            if parameters is None:
-                parameters = slot.parameters[k] = self._staged[k].slab.parameters(slot.buffer)
-            self._install(k, parameters)
+            if slot.parameters is None:
+                slot.parameters = self._staged[k].slab.parameters(slot.target)
+            self._install(k, slot.parameters)
         except BaseException:
             self.release(k, failed=True)
             raise
 
     def _slot_for(self, k: int, me: int) -> _Slot:
-        """The slot that holds block k, or one for it: behind that of the block called last, the first that nobody computes with."""
+        """The slot that holds block k, or one for it: behind the block called last, the first whose bytes nobody computes with."""
         while True:
             held = self._held[k]
             if held is not None:
                 if me in held.users:
                     self._take_back(held, k)
-                return held
-            order = [self._slots[(self._last + step) % self.slot_count] for step in range(1, self.slot_count + 1)]
-            for slot in order:
+                if self._has_room(held):
+                    return held
+                self._drop(held)
+            for slot in self._live:
                 if me in slot.users:
                     self._take_back(slot, k)
-                if not slot.users:
-                    return slot
-            if all(me in slot.users for slot in order):
+            busy = [slot for slot in self._live if slot.users]
+            ends = sorted((slot.place.end for slot in busy), key=lambda end: (end - self._end) % self._limit)
+            for end in (self._end, *ends, 0):
+                place = behind(end, self._sizes[k], self._limit)
+                if free_bytes(place, [slot.place for slot in busy]) == self._sizes[k]:
+                    return self._slot_at(k, place)
+            if all(me in slot.users for slot in busy):
                 raise Unsupported(
-                    f"block {self.homes[k].slab.unit.name} is called inside {self._name(order[0].holder)}, "
-                    "which uses the same staging slot; give the budget room for both, so that they stay resident"
+                    f"block {self.homes[k].slab.unit.name} is called inside {self.homes[busy[0].k].slab.unit.name}, and the staging buffer "
+                    "does not hold both; give the budget room for both, so that they stay resident"
                 )
             if not self._condition.wait(_LOOK_AGAIN_S):
-                for slot in order:
+                for slot in busy:
                     self._take_back(slot, k)
+
+    def _has_room(self, slot: _Slot) -> bool:
+        """Whether nobody computes with bytes of a slot that are still to come."""
+        busy = [other.place for other in self._live if other.users and other is not slot]
+        return slot.sent_bytes == self._sizes[slot.k] or free_bytes(slot.place, busy) == self._sizes[slot.k]
+
+    def _slot_at(self, k: int, place: Place) -> _Slot:
+        """A slot in which nothing was sent for so far."""
+        assert self._buffer is not None  # whoever asks is open
+        known = self._known[k]
+        slot = known.get(place.start)
+        if slot is None:
+            if len(known) == _MOST_ADDRESSES:
+                known.clear()
+            target = self._buffer[place.start : place.start + self._staged[k].slab.nbytes]
+            slot = known[place.start] = _Slot(k, place, target, self.device.new_event(), self.device.new_event())
+        slot.place, slot.sent_bytes, slot.request, slot.over = place, 0, None, []
+        return slot
 
     def release(self, k: int, failed: bool = False) -> None:
         """Give block k's slot free behind what was computed with it, and start the next copies."""
@@ -215,75 +247,102 @@ class Streamer:
                 self.device.record(slot.free)
                 self._install(k, self.homes[k].parameters)
                 if failed:
-                    slot.holder, slot.request, self._held[k] = None, None, None
+                    # A copy that was to wait for what lay here may never have been queued: whatever comes next waits for all of it.
+                    self.device.record(self._opened)
+                    self._drop(slot)
             self._condition.notify_all()
             if not failed:
-                self._prefetch(k, slot.index)
+                self._prefetch(self._successor[k])
 
     def begin_pass(self) -> None:
         """Take back what this thread left in use when an interrupt broke off its last pass."""
         me = threading.get_ident()
         with self._condition:
-            stale = [slot.holder for slot in self._slots if me in slot.users]
+            stale = [slot.k for slot in self._live if me in slot.users]
         for k in stale:
-            if k is not None:
-                self.release(k)
+            self.release(k)
 
     def _take_back(self, slot: _Slot, k: int) -> None:
         """Before a call of block k, free a slot from calls that ended in what no hook sees: an interrupt, the end of a thread."""
-        if slot.holder is None:
-            return
-        home, me = self.homes[slot.holder], threading.get_ident()
+        home, me = self.homes[slot.k], threading.get_ident()
         left: list[int] = []
         for user in set(slot.users):
-            inside = _calls_under_way(home.slab.unit.module, user) - (user == me and slot.holder == k)
+            inside = _calls_under_way(home.slab.unit.module, user) - (user == me and slot.k == k)
             left += [user] * min(inside, slot.users.count(user))
         slot.users = left
         if not left:
             self.device.record(slot.free)
-            self._install(slot.holder, home.parameters)
+            self._install(slot.k, home.parameters)
 
     def _install(self, k: int, parameters: tuple[nn.Parameter, ...]) -> None:
         for place, attribute, number in self._places[k]:
             place[attribute] = parameters[number]
-
-    def _name(self, k: int | None) -> str:
-        return "another block" if k is None else self.homes[k].slab.unit.name
 
     def _learn(self, k: int) -> None:
         if self._previous is not None and self._previous != k:
             self._successor[self._previous] = k
         self._previous = k
 
-    def _prefetch(self, k: int, index: int) -> None:
-        """Behind block k in a slot, have its successors in the slots behind it."""
-        claimed: list[_Slot] = []
-        for step in range(1, self.slot_count + 1):
-            k = self._successor[k]
-            held = self._held[k]
-            slot = self._slots[(index + step) % self.slot_count] if held is None else held
-            if slot in claimed:
-                continue
-            claimed.append(slot)
-            if held is None and not slot.users and (slot.request is None or slot.request.issued.is_set()):
-                self._send(k, slot)
+    def _prefetch(self, k: int) -> None:
+        """Send for a block and its successors as far as their bytes are free of those before them."""
+        claimed = [slot.place for slot in self._live if slot.users]
+        end = self._end
+        for _ in self.homes:
+            nbytes = self._sizes[k]
+            slot = self._held[k]
+            waits = slot is None or slot.sent_bytes < nbytes
+            place = behind(end, nbytes, self._limit) if slot is None else slot.place
+            free = free_bytes(place, claimed)
+            if slot is not None and slot.users:
+                free = nbytes  # another thread computes with it
+            if free < nbytes and (not waits or self._needs_reader(self._staged[k])):
+                return
+            if waits and is_worth(nbytes, 0 if slot is None else slot.sent_bytes, free):
+                slot = slot or self._slot_at(k, place)
+                if all(other.request is None or other.request.issued.is_set() for other in self._under(slot, free)):
+                    self._send(slot, free)
+            if free < nbytes:
+                return
+            claimed.append(place)
+            end, k = place.end, self._successor[k]
 
-    def _send(self, k: int, slot: _Slot) -> _Request:
-        home = self._staged[k]
+    def _under(self, slot: _Slot, upto_bytes: int) -> list[_Slot]:
+        """The slots that the next bytes of one put an end to; nobody computes with them."""
+        ended = (other for other in self._live if other is not slot and slot.place.overwrites(other.place, slot.sent_bytes, upto_bytes))
+        return [other for other in ended if not other.users]
+
+    def _drop(self, slot: _Slot) -> None:
+        if self._held[slot.k] is slot:
+            self._held[slot.k] = None
+            self._live.remove(slot)
+
+    def _send(self, slot: _Slot, upto_bytes: int) -> _Request:
+        """Have a slot filled so far; what comes from RAM may come in parts."""
+        home, sent_bytes = self._staged[slot.k], slot.sent_bytes
         reader = self._reader if self._needs_reader(home) else None
-        request = _Request(_AT_ONCE if reader is None else threading.Event())
-        if slot.holder is not None:
-            self._held[slot.holder] = None
-        slot.holder, slot.request, self._held[k] = k, request, slot
-        self.streamed_bytes += home.slab.nbytes
+        # What a read under way put an end to is not waited for by any copy so far; of all else the copies before this one waited.
+        reads = [other for other in self._live if other.request is not None and not other.request.issued.is_set()]
+        ended = [over for other in reads for over in other.over if slot.place.overwrites(over[0], sent_bytes, upto_bytes)]
+        for other in self._under(slot, upto_bytes):
+            ended.append((other.place, other.free))
+            self._drop(other)
+        slot.over += ended
+        after = [self._opened, *(free for _, free in ended)]
+        request = slot.request
+        if request is None:
+            request = slot.request = _Request(_AT_ONCE if reader is None else threading.Event())
+            self._held[slot.k] = slot
+            self._live.append(slot)
+            self.streamed_bytes += home.slab.nbytes
+        slot.sent_bytes = upto_bytes
         if reader is not None:
-            reader.submit(self._read, home, slot, request)
+            reader.submit(self._read, home, slot, request, after)
         elif home.host is not None:
-            target = slot.targets.get(k)
-            if target is None:
-                target = slot.targets[k] = slot.buffer[: home.slab.nbytes]
             try:
-                self.device.copy(target, home.host, slot.free, slot.ready)
+                if upto_bytes - sent_bytes < len(slot.target):
+                    self.device.copy(slot.target[sent_bytes:upto_bytes], home.host[sent_bytes:upto_bytes], after, slot.ready)
+                else:
+                    self.device.copy(slot.target, home.host, after, slot.ready)
             except BaseException as error:  # noqa: BLE001 -- raised when the block is called
                 request.error = error
         return request
@@ -292,10 +351,10 @@ class Streamer:
         """Whether bringing a block takes a thread's time: it is read, or copied from memory that no copy engine can read by itself."""
         return home.host is None or (home.tier is Tier.RAM and self.device.pageable_holds)
 
-    def _read(self, home: Home, slot: _Slot, request: _Request) -> None:
+    def _read(self, home: Home, slot: _Slot, request: _Request, after: Sequence[Any]) -> None:
         try:
             with torch.inference_mode(False), torch.no_grad():
-                self.feeder.feed(home, slot.buffer, slot.free, slot.ready)
+                self.feeder.feed(home, slot.target, after, slot.ready)
         except BaseException as error:  # noqa: BLE001 -- handed to whoever waits for the block, in its own thread
             request.error = error
         finally:

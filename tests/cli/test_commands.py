@@ -164,7 +164,7 @@ def test_a_broken_plan_is_one_line(run, tmp_path, diffusion, damage):
     texts = {
         "cut": text[: len(text) // 2],
         "edited": text.replace('"stream"', '"direct"', 1),
-        "another schema": text.replace('"schema": 2', '"schema": 99'),
+        "another schema": text.replace('"schema": 3', '"schema": 99'),
         "no JSON": "stream",
         "empty": "",
         "a list": "[1, 2]",

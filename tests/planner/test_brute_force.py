@@ -48,21 +48,22 @@ def budget_of(net: Network, share: float) -> int:
 
 
 def brute_phase(need, room, unified, takes_turns) -> float | None:
-    """Least seconds of one phase over all residencies and numbers of slots."""
+    """Least seconds of one phase over all residencies and staging buffers that hold consecutive blocks and not all of them."""
     rounds = rounds_of(need, Costs(RATES))
     rate = DISK_BYTES_PER_S if unified else LINK_BYTES_PER_S
     best = None
     for flags in product((False, True), repeat=len(need.sizes_bytes)):
         streamed = [size for size, stays in zip(need.sizes_bytes, flags, strict=True) if not stays]
         kept = sum(need.sizes_bytes) - sum(streamed)
-        for slot_count in range(1, len(streamed)) if streamed else [0]:
-            if kept + slot_count * max(streamed, default=0) > room:
+        rows = [(streamed + streamed)[first : first + length] for first in range(len(streamed)) for length in range(1, len(streamed))]
+        for staging_bytes in {sum(row) for row in rows} if streamed else [0]:
+            if kept + staging_bytes > room or staging_bytes < max(streamed, default=0):
                 continue
             numbers = iter(range(len(streamed)))
             slots = tuple(None if stays else (0, next(numbers)) for stays in flags)
-            moves = tuple(Move(0.0, size / rate) if unified else Move(size / rate) for size in streamed)
+            moves = tuple(Move(0.0, size / rate, nbytes=size) if unified else Move(size / rate, nbytes=size) for size in streamed)
             switch_s = (need.fixed_bytes + kept) / rate if takes_turns else 0.0
-            seconds = pace_of(rounds, Stage(slots, (moves,), slot_count, in_ram=unified), switch_s, takes_turns).total_s
+            seconds = pace_of(rounds, Stage(slots, (moves,), staging_bytes, in_ram=unified), switch_s, takes_turns).total_s
             best = seconds if best is None else min(best, seconds)
     return best
 

@@ -111,7 +111,7 @@ def test_hostile_values_are_bad_plans(what):
     elif what == "flag":
         document["limits"]["allow_disk"] = "no"
     else:
-        phase = replace(PLAN.phases[-1], slot_count=10**4200, slot_bytes=10**4200)
+        phase = replace(PLAN.phases[-1], staging_bytes=10**4200, slot_bytes=10**4200)
         document = json.loads(replace(PLAN, phases=(*PLAN.phases[:-1], phase), fingerprint="").to_json())
     with pytest.raises(BadPlan):
         Plan.from_json(json.dumps(document))
@@ -134,7 +134,7 @@ def test_rates_are_numbers(value):
 
 
 def test_a_plan_of_another_schema_says_so():
-    with pytest.raises(BadPlan, match="schema 1, this version reads 2"):
+    with pytest.raises(BadPlan, match="schema 1, this version reads 3"):
         Plan.from_json(_document(schema=1))
 
 

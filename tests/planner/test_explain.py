@@ -50,4 +50,4 @@ def test_summary_warns_of_a_full_disk():
 def test_one_slot_is_told():
     plan = make_plan(llm(), machine(), Workload(), Limits(device_memory="3300MiB"))
     assert plan.phases[0].slot_count == 1
-    assert "one slot of 416.0 MiB" in plan.summary()
+    assert "416.0 MiB of staging, for more leaves too little room" in plan.summary()

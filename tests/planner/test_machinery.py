@@ -20,13 +20,13 @@ def part(seconds, outside_s=0.0) -> Part:
     return Part("m", PassProfile("denoise", 1, 0), steps, (*seconds, outside_s), Spent(sum(seconds) + outside_s, 0.0))
 
 
-def stage(resident, moves, slot_count, in_ram=False) -> Stage:
+def stage(resident, moves, staging_bytes, in_ram=False) -> Stage:
     slots, kept = [], []
     for stays, move in zip(resident, moves, strict=True):
         slots.append(None if stays else (0, len(kept)))
         if not stays:
             kept.append(move)
-    return Stage(tuple(slots), (tuple(kept),), slot_count, in_ram=in_ram)
+    return Stage(tuple(slots), (tuple(kept),), staging_bytes, in_ram=in_ram)
 
 
 def steady_s(seconds, moves, slot_count, resident=None, **options) -> float:
@@ -122,20 +122,21 @@ def rows(draw):
     in_ram = draw(st.booleans())
     seconds = draw(st.lists(SECONDS, min_size=count, max_size=count))
     copies = draw(st.lists(SECONDS.map(lambda s: s + 0.25), min_size=count, max_size=count))
-    moves = [Move(0.0, c) if in_ram else Move(c) for c in copies]
+    sizes = draw(st.one_of(st.just([1] * count), st.lists(st.integers(1, 24), **exactly(count))))
+    moves = [Move(0.0, c, nbytes=n) if in_ram else Move(c, nbytes=n) for c, n in zip(copies, sizes, strict=True)]
     resident = draw(st.lists(st.booleans(), min_size=count, max_size=count))
     if all(resident):
         resident[0] = False
-    slot_count = draw(st.integers(1, resident.count(False)))
-    return part(seconds, draw(SECONDS)), stage(resident, moves, slot_count, in_ram)
+    streamed = [size for size, stays in zip(sizes, resident, strict=True) if not stays]
+    staging_bytes = draw(st.integers(max(streamed), sum(streamed)))
+    return part(seconds, draw(SECONDS)), stage(resident, moves, staging_bytes, in_ram)
 
 
 @settings(max_examples=400, deadline=None)
 @given(rows(), st.booleans(), SECONDS)
 def test_the_quick_loop_gives_the_same_times_as_the_simulation(row, filled, start_s):
     one, place = row
-    copies = [max(move.link_s, move.disk_s) for move in place.moves[0]]
-    quick = Quick(copies, place.slot_count, start_s, filled=filled, in_ram=place.in_ram)
+    quick = Quick(place.moves[0], place.staging_bytes, start_s, filled=filled, in_ram=place.in_ram)
     full = machinery_of(place, start_s, not filled)
     for _ in range(5):
         quick.run_part(one, place)
@@ -143,6 +144,66 @@ def test_the_quick_loop_gives_the_same_times_as_the_simulation(row, filled, star
         assert quick.compute_s == pytest.approx(full.compute_s)
     assert quick.drain() == pytest.approx(full.drain())
     assert quick.link_s + quick.disk_s == pytest.approx(full.link_s + full.disk_s)
+
+
+def byte_by_byte(seconds, copies, sizes, staging_bytes, passes, filled) -> list[float]:
+    """Ends of passes over streamed blocks alone: every byte of the buffer knows which call it waits for. Blocks are copied one after the
+    other, each in parts of an eighth at least as its bytes come free from the first on."""
+    count = len(sizes)
+    waits_for = [-1] * staging_bytes  # per byte, the call that reads it last
+    ready = {}
+    ends: list[float] = []
+    now = copy_end = 0.0
+    following, start, sent, end = 0, None, 0, 0
+
+    def copy_until(call: int) -> None:
+        """What may be copied when this call is over."""
+        nonlocal following, start, sent, end, copy_end
+        while following <= call + count:
+            size = sizes[following % count]
+            if start is None:
+                start = end if end + size <= staging_bytes else 0
+            upto = sent
+            while upto < size and waits_for[start + upto] <= call:
+                upto += 1
+            if upto < size and (upto - sent) * 8 < size:
+                return
+            copy_end = max(copy_end, now) + (0.0 if filled and call < 0 else copies[following % count] * (upto - sent) / size)
+            waits_for[start + sent : start + upto] = [following] * (upto - sent)
+            ready[following], sent = copy_end, upto
+            if upto < size:
+                return
+            following, end, start, sent = following + 1, start + size, None, 0
+
+    copy_until(-1)
+    for call in range(passes * count):
+        now = max(now, ready[call]) + seconds[call % count]
+        copy_until(call)
+        if call % count == count - 1:
+            ends.append(now)
+    return ends
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(SECONDS, SECONDS, st.integers(1, 16)), min_size=2, max_size=8), st.integers(0, 60), st.booleans())
+def test_passes_end_as_when_every_byte_is_followed(row, more, filled):
+    seconds, copies, sizes = (list(column) for column in zip(*row, strict=True))
+    staging_bytes = min(max(sizes) + more, sum(sizes) - 1)
+    if staging_bytes < max(sizes):
+        staging_bytes = max(sizes)
+    moves = [Move(copy, nbytes=size) for copy, size in zip(copies, sizes, strict=True)]
+    place = stage([False] * len(sizes), moves, staging_bytes)
+    full = machinery_of(place, 0.0, not filled)
+    ends = [full.run(steps_of(part(seconds), place)) for _ in range(6)]
+    assert ends == pytest.approx(byte_by_byte(seconds, copies, sizes, staging_bytes, 6, filled))
+
+
+def test_a_large_block_comes_in_behind_each_of_the_small_ones_that_it_overwrites():
+    """Two halves of it, each while the next small block computes; as a whole it would have to wait for both."""
+    events = []
+    moves = [Move(1.0, nbytes=2), Move(1.0, nbytes=2), Move(2.0, nbytes=4)]
+    Machinery([Lane(moves, 4)], record=lambda *event: events.append(event)).run([(0, k, 4.0, k) for k in range(3)])
+    assert [event[3:] for event in events if event[0] == "link" and event[2] == 2] == [(5.0, 6.0), (9.0, 10.0)]
 
 
 def assert_multiplied_as_simulated(one: Part, place: Stage, count: int, takes_turns: bool) -> None:

@@ -51,7 +51,7 @@ def test_choice_is_as_good_as_brute_force(sizes, room):
         assert found is None
         return
     assert _kept(sizes, found) == best
-    assert _kept(sizes, found) + found.slot_count * found.slot_bytes <= room
+    assert _kept(sizes, found) + found.staging_bytes <= room
     assert found.slot_bytes == max(s for s, stays in zip(sizes, found.resident, strict=True) if not stays)
     assert 1 <= found.slot_count <= found.resident.count(False)
 
@@ -64,7 +64,7 @@ def test_many_sizes_are_never_over_the_room(sizes, share):
     if found is None:
         assert room < max(sizes)
     else:
-        assert _kept(sizes, found) + found.slot_count * found.slot_bytes <= room
+        assert _kept(sizes, found) + found.staging_bytes <= room
 
 
 @given(st.integers(1, 200), st.integers(0, 200))

@@ -18,12 +18,22 @@ def _problem(sizes, seconds, room, count=20, turns=False) -> Problem:
     part = Part("m", PassProfile("denoise", count, 0), tuple(range(len(sizes))), tuple(seconds), Spent(sum(seconds), 0.0))
     rate = [float(size) for size in sizes]
     bring = rate if turns else [0.0] * len(sizes)
-    return Problem(sizes, range(len(sizes)), room, [Round("denoise", count, (part,))], [Move(s) for s in rate], bring, 0.0, turns, False)
+    return Problem(
+        sizes,
+        range(len(sizes)),
+        room,
+        [Round("denoise", count, (part,))],
+        [Move(s, nbytes=n) for s, n in zip(rate, sizes, strict=True)],
+        bring,
+        0.0,
+        turns,
+        False,
+    )
 
 
 def _total(problem, choice) -> float:
     stays = [stay and bool(size) for stay, size in zip(choice.resident, problem.sizes_bytes, strict=True)]
-    return problem.seconds([stay or not size for stay, size in zip(stays, problem.sizes_bytes, strict=True)], choice.slot_count)
+    return problem.seconds([stay or not size for stay, size in zip(stays, problem.sizes_bytes, strict=True)], choice.staging_bytes)
 
 
 ROW = st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=4, max_size=7)
@@ -56,9 +66,9 @@ def test_a_choice_is_never_over_the_room(row, percent):
         return
     kept = sum(size for size, stays in zip(sizes, choice.resident, strict=True) if stays)
     streamed = [size for size, stays in zip(sizes, choice.resident, strict=True) if not stays]
-    assert kept + choice.slot_count * choice.slot_bytes <= room
+    assert kept + choice.staging_bytes <= room
     assert choice.slot_bytes == max(streamed, default=0)
-    assert choice.slot_count <= len(streamed)
+    assert choice.slot_bytes <= choice.staging_bytes <= max(sum(streamed) - 1, 0)
 
 
 @pytest.mark.parametrize("count", [100, 1000, 10_000])

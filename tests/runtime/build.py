@@ -214,7 +214,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
 def settled(engine: Engine) -> None:
     """Wait until the reader threads have handed over all copies that were asked for."""
     for phase in engine._phases:
-        for slot in phase.streamer._slots:
+        for slot in phase.streamer._live:
             assert slot.request is None or slot.request.issued.wait(TIMEOUT_S)
 
 

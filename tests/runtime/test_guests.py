@@ -173,7 +173,7 @@ def test_staging_slots_make_room_where_no_block_is_resident(tmp_path: Path, vgpu
     plan = task.plan()
     (phase,) = plan.phases
     streamed = tuple(replace(p, tier=Tier.PINNED, home=Tier.PINNED) for p in phase.placements)
-    two_slots = replace(phase, placements=streamed, slot_count=2, slot_bytes=max(p.stored_bytes for p in streamed))
+    two_slots = replace(phase, placements=streamed, staging_bytes=2 * max(p.stored_bytes for p in streamed))
     assert two_slots.device_bytes == task.budget_bytes
     engine = task.engine(tmp_path, replace(plan, phases=(two_slots,))).attach(task.modules, None)
     with torch.no_grad():

@@ -83,7 +83,7 @@ def test_any_sequence_of_orders(tmp_path: Path, vgpu: Virtual, orders: list[list
     expected = [reference(module, order, vgpu.device) for order in orders]
     task = job(module, vgpu.device, budget_bytes=slots_budget(module, 1), tier=tier)
     plan = task.plan()
-    phase = dataclasses.replace(plan.phases[0], slot_count=slots)
+    phase = dataclasses.replace(plan.phases[0], staging_bytes=slots * plan.phases[0].slot_bytes)
     engine = task.engine(tmp_path, dataclasses.replace(plan, phases=(phase,), fingerprint="")).attach(task.modules, None)
     try:
         for order, right in zip(orders, expected, strict=True):

@@ -75,7 +75,7 @@ def test_the_last_block_of_a_pass_brings_the_first_of_the_next(tmp_path: Path, v
     x = torch.zeros(ROWS, WIDTH, device="vgpu")
     module(x)
     vgpu.sim.synchronize()
-    assert [slot.holder for slot in engine._phases[0].streamer._slots] == [0, 1]
+    assert [slot.k for slot in engine._phases[0].streamer._live] == [0, 1]
     copied = len([e for e in vgpu.sim.log if e.engine == "h2d"])
     assert copied == 2 + 4  # two before the first pass, one behind each block
     before = vgpu.sim.elapsed()
@@ -132,7 +132,7 @@ def test_any_number_of_blocks_takes_no_longer_than_their_copies(count: int, slot
     module = stack(count, WIDTH)
     task = job(module, vgpu.device, budget_bytes=slots_budget(module, 2))
     plan = task.plan()
-    phase = dataclasses.replace(plan.phases[0], slot_count=slots)
+    phase = dataclasses.replace(plan.phases[0], staging_bytes=slots * plan.phases[0].slot_bytes)
     engine = task.engine(tmp_path, dataclasses.replace(plan, phases=(phase,), fingerprint="")).attach(task.modules, None)
     assert passes(vgpu, module, 4) == pytest.approx([count * MS] * 4, rel=1e-9)
     engine.detach()

@@ -31,7 +31,7 @@ def arranged(plan: Plan, stays: list[bool], slot_count: int, home: Tier, index: 
     )
     streamed = [p.stored_bytes for p in placements if p.tier is not Tier.DEVICE]
     slots = min(slot_count, len(streamed))
-    made = replace(phase, placements=placements, slot_count=slots, slot_bytes=max(streamed, default=0))
+    made = replace(phase, placements=placements, staging_bytes=slots * max(streamed, default=0), slot_bytes=max(streamed, default=0))
     return replace(plan, strategy="stream", phases=(*plan.phases[:index], made, *plan.phases[index + 1 :]), fingerprint="")
 
 
@@ -39,8 +39,8 @@ def residents(phase: PhasePlan) -> int:
     return sum(p.tier is Tier.DEVICE for p in phase.placements)
 
 
-def slots_taken(engine: Engine) -> int:
-    return sum(phase.streamer.slot_count for phase in engine._phases)
+def staging_taken(engine: Engine) -> int:
+    return sum(phase.streamer.staging_bytes for phase in engine._phases)
 
 
 @pytest.mark.parametrize("tier", [*RAM_TIERS, "disk"])
@@ -56,7 +56,7 @@ def test_outputs_stay_and_the_budget_holds_under_every_plan(tier: str, tmp_path:
             stays = draw.sample([True] * kept + [False] * (6 - kept), 6)
             plan = arranged(engine.plan, stays, slots, home)
             engine.rearrange(plan)
-            assert (engine.plan, residents(engine.plan.phases[0]), slots_taken(engine)) == (plan, kept, slots)
+            assert (engine.plan, residents(engine.plan.phases[0]), staging_taken(engine)) == (plan, kept, plan.phases[0].staging_bytes)
             for _ in range(3):
                 assert same(call(module, rows()), expected)
             assert vgpu.taken_bytes == plan.phases[0].device_bytes - 4096

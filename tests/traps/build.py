@@ -26,7 +26,7 @@ def phase(part: Component, *, resident: int | None = None, home: Tier = Tier.PIN
         components=(part.name,),
         fixed_bytes=part.resident_bytes,
         fixed_home=Tier.DEVICE,
-        slot_count=2 if slot else 0,
+        staging_bytes=2 * slot,
         slot_bytes=slot,
         activation_bytes=part.activation_bytes,
         placements=tuple(placements),
