@@ -4,8 +4,8 @@
 
 Each case is a row of unequal blocks, a budget, and a virtual accelerator whose true rates the planner is not told: its calibration is
 wrong by up to a factor of three, of the link and of computing apart. The trial runs in the passes of the model; afterwards a pass under the
-kept plan is held against the best of an exhaustive sweep over which blocks stay and how many slots there are, within the same budget. The
-sweep is simulated with the true rates, and the engine runs its winner, too: both must end at the same time.
+kept plan is held against the best of an exhaustive sweep over which blocks stay and how large the staging buffer is, within the same
+budget. The sweep is simulated with the true rates, and the engine runs its winner, too: both must end at the same time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _MOST_PASSES = 40
 """In which a trial must have come to its end: four plans of three passes each take twelve."""
 
 Split = tuple[tuple[bool, ...], int]
-"""Which blocks stay, and how many slots there are."""
+"""Which blocks stay, and bytes of the staging buffer."""
 
 
 class Repeated(nn.Module):
@@ -166,7 +166,8 @@ def run_case(case: Case, folder: Path, worst: bool = False) -> Outcome:
     budget_bytes = int(smallest_bytes + case.share * (task.whole_bytes - smallest_bytes))
     plan = make_plan(network, machine, Workload(), task.limits(budget_bytes))
     if worst:
-        plan = with_split(plan, ((False,) * len(case.hidden), 1))
+        largest_bytes = max(block.slab_bytes for block in component.blocks)
+        plan = with_split(plan, ((False,) * len(case.hidden), largest_bytes))
     x = torch.zeros(ROWS, WIDTH, device="vgpu")
     engine = task.engine(folder, plan).attach(task.modules, None)
     try:

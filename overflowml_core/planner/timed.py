@@ -21,10 +21,10 @@ from overflowml_core.staging import fitting
 MOST_ENUMERATED = 7
 """Blocks of a phase up to which every residency and every size of the staging buffer is tried."""
 
-_MOST_STEPS = 300_000
+_MOST_STEPS = 200_000
 """Simulated steps of one phase, beyond which no further choice is looked at; about 0.1 s."""
 
-_EXCHANGED_STEPS = 150_000
+_EXCHANGED_STEPS = 100_000
 """Of them, those up to which exchanges are looked at; the rest is for changes at random."""
 
 _SHAKES = 2_000

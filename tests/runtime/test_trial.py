@@ -88,7 +88,7 @@ def test_what_is_kept_is_within_five_percent_of_the_best_split(case, tmp_path: P
 
 
 def test_a_plan_that_is_as_bad_as_can_be_does_not_last(tmp_path: Path, vgpu: Virtual) -> None:
-    (case,) = cases(1, 8, most_blocks=6)
+    (case,) = cases(1, 13, most_blocks=6)
     outcome = run_case(case, tmp_path, worst=True)
     assert outcome.planned_s > 1.05 * outcome.best_s
     assert outcome.ratio <= 1.05
