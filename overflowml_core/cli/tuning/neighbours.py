@@ -102,4 +102,4 @@ def _split_phase(phase: PhasePlan, split: Split) -> PhasePlan:
         replace(block, tier=Tier.DEVICE if stays else home, home=home)
         for block, stays, home in zip(phase.placements, residency.resident, split.homes.blocks, strict=True)
     )
-    return replace(phase, placements=placements, slot_count=residency.slot_count, slot_bytes=residency.slot_bytes)
+    return replace(phase, placements=placements, staging_bytes=residency.staging_bytes, slot_bytes=residency.slot_bytes)

@@ -77,7 +77,7 @@ class ExpertCache:
         """
         if self.is_open or not self.slot_count:
             return
-        arena = self.device.slot(self.slot_count * self.slot_bytes)
+        arena = self.device.staging(self.slot_count * self.slot_bytes)
         for index in reversed(range(self.slot_count)):
             buffer = arena[index * self.slot_bytes : (index + 1) * self.slot_bytes]
             slot = Slot(index, buffer, self.device.new_event(), self.device.new_event())
@@ -160,7 +160,7 @@ class ExpertCache:
         self._slots[expert] = slot
         self.ranking.add(expert)
         if self._needs_thread(home) and self._fetcher is not None:
-            feeder, buffer, free, ready = self.feeder, slot.buffer, slot.free, slot.ready
+            feeder, buffer, free, ready = self.feeder, slot.buffer, (slot.free,), slot.ready
 
             def feed() -> None:
                 with torch.inference_mode(False), torch.no_grad():
@@ -168,7 +168,7 @@ class ExpertCache:
 
             slot.job = self._fetcher.submit(feed, urgency)
         else:
-            self.feeder.feed(home, slot.buffer, slot.free, slot.ready)
+            self.feeder.feed(home, slot.buffer, (slot.free,), slot.ready)
 
     def _needs_thread(self, home: Home) -> bool:
         return home.host is None or (home.tier is Tier.RAM and self.device.pageable_holds)
