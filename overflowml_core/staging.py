@@ -54,7 +54,7 @@ def free_bytes(place: Place, taken: Iterable[Place]) -> int:
     """How many bytes from its beginning a place has before the first that another one takes."""
     first = place.end
     for other in taken:
-        if other.start < first and place.start < other.end:
+        if other.start < first and place.start < other.end and other.start < other.end:
             first = max(other.start, place.start)
     return first - place.start
 

@@ -98,8 +98,11 @@ class Streamer:
         self._buffer: torch.Tensor | None = None
         self._opened: Any = None
         """Behind what the memory of the buffer was used for before."""
+        self._waits_for_opened = False
+        """Whether every copy waits for it, not only those over bytes that no copy went to before."""
         self._staged: list[Home] = []
         self._sizes: list[int] = []
+        self._by_reader: list[bool] = []
         self._limit = 0
         """Bytes of the buffer that blocks may lie in."""
         self._held: list[_Slot | None] = [None] * len(self.homes)
@@ -135,7 +138,9 @@ class Streamer:
         # The allocator may hand out memory that queued work still reads; the first copies wait for that work.
         self._opened = self.device.new_event()
         self.device.record(self._opened)
-        if any(self._needs_reader(home) for home in self.homes):
+        self._waits_for_opened = False
+        self._by_reader = [self._needs_reader(home) for home in self._staged]
+        if any(self._by_reader):
             # In RAM the next block's reads stand in line behind the present one's, so that the disk never pauses; a ring serves one
             # after the other.
             count = max(2, self._limit // max(self._sizes)) if self.device.on_host else 1
@@ -166,13 +171,14 @@ class Streamer:
         me = threading.get_ident()
         with self._condition:
             slot = self._held[k]
-            if slot is None or me in slot.users or not self._has_room(slot):
+            if slot is None or me in slot.users or slot.sent_bytes < self._sizes[k]:
                 slot = self._slot_for(k, me)
             request = slot.request
             if request is None or slot.sent_bytes < self._sizes[k]:
-                for other in self._under(slot, self._sizes[k]):
+                under = self._under(slot, self._sizes[k])
+                for other in under:
                     self._await_issue(other.request)  # a read under way to these bytes ends first
-                request = self._send(slot, self._sizes[k])
+                request = self._send(slot, self._sizes[k], under)
             slot.users.append(me)
             self._end = slot.place.end
             self.pass_count += k == 0
@@ -249,6 +255,7 @@ class Streamer:
                 if failed:
                     # A copy that was to wait for what lay here may never have been queued: whatever comes next waits for all of it.
                     self.device.record(self._opened)
+                    self._waits_for_opened = True
                     self._drop(slot)
             self._condition.notify_all()
             if not failed:
@@ -288,19 +295,18 @@ class Streamer:
         claimed = [slot.place for slot in self._live if slot.users]
         end = self._end
         for _ in self.homes:
-            nbytes = self._sizes[k]
-            slot = self._held[k]
-            waits = slot is None or slot.sent_bytes < nbytes
+            nbytes, slot = self._sizes[k], self._held[k]
             place = behind(end, nbytes, self._limit) if slot is None else slot.place
-            free = free_bytes(place, claimed)
-            if slot is not None and slot.users:
-                free = nbytes  # another thread computes with it
-            if free < nbytes and (not waits or self._needs_reader(self._staged[k])):
-                return
-            if waits and is_worth(nbytes, 0 if slot is None else slot.sent_bytes, free):
+            # One that another thread computes with is among those that are claimed.
+            free = nbytes if slot is not None and slot.users else free_bytes(place, claimed)
+            sent_bytes = 0 if slot is None else slot.sent_bytes
+            if slot is None or sent_bytes < nbytes:
+                if free < nbytes and (self._by_reader[k] or not is_worth(nbytes, sent_bytes, free)):
+                    return
                 slot = slot or self._slot_at(k, place)
-                if all(other.request is None or other.request.issued.is_set() for other in self._under(slot, free)):
-                    self._send(slot, free)
+                under = self._under(slot, free)
+                if self._reader is None or all(other.request is None or other.request.issued.is_set() for other in under):
+                    self._send(slot, free, under)
             if free < nbytes:
                 return
             claimed.append(place)
@@ -308,30 +314,36 @@ class Streamer:
 
     def _under(self, slot: _Slot, upto_bytes: int) -> list[_Slot]:
         """The slots that the next bytes of one put an end to; nobody computes with them."""
-        ended = (other for other in self._live if other is not slot and slot.place.overwrites(other.place, slot.sent_bytes, upto_bytes))
-        return [other for other in ended if not other.users]
+        place, sent_bytes = slot.place, slot.sent_bytes
+        return [
+            other for other in self._live if place.overwrites(other.place, sent_bytes, upto_bytes) and other is not slot and not other.users
+        ]
 
     def _drop(self, slot: _Slot) -> None:
         if self._held[slot.k] is slot:
             self._held[slot.k] = None
             self._live.remove(slot)
 
-    def _send(self, slot: _Slot, upto_bytes: int) -> _Request:
-        """Have a slot filled so far; what comes from RAM may come in parts."""
-        home, sent_bytes = self._staged[slot.k], slot.sent_bytes
-        reader = self._reader if self._needs_reader(home) else None
-        # What a read under way put an end to is not waited for by any copy so far; of all else the copies before this one waited.
-        reads = [other for other in self._live if other.request is not None and not other.request.issued.is_set()]
-        ended = [over for other in reads for over in other.over if slot.place.overwrites(over[0], sent_bytes, upto_bytes)]
-        for other in self._under(slot, upto_bytes):
-            ended.append((other.place, other.free))
+    def _send(self, slot: _Slot, upto_bytes: int, under: Sequence[_Slot]) -> _Request:
+        """Have a slot filled so far, over what lies under these bytes; what comes from RAM may come in parts."""
+        k, sent_bytes = slot.k, slot.sent_bytes
+        home, reader = self._staged[k], self._reader if self._by_reader[k] else None
+        after = [other.free for other in under]
+        if not after or self._waits_for_opened:
+            after.append(self._opened)
+        if self._reader is not None:
+            slot.over += [(other.place, other.free) for other in under]
+            # What a read under way put an end to is not waited for by any copy so far; of all else the copies before this one waited.
+            reads = [other for other in self._live if other.request is not None and not other.request.issued.is_set()]
+            ended = [over for other in reads for over in other.over if slot.place.overwrites(over[0], sent_bytes, upto_bytes)]
+            slot.over += ended
+            after += [free for _, free in ended]
+        for other in under:
             self._drop(other)
-        slot.over += ended
-        after = [self._opened, *(free for _, free in ended)]
         request = slot.request
         if request is None:
             request = slot.request = _Request(_AT_ONCE if reader is None else threading.Event())
-            self._held[slot.k] = slot
+            self._held[k] = slot
             self._live.append(slot)
             self.streamed_bytes += home.slab.nbytes
         slot.sent_bytes = upto_bytes
@@ -339,7 +351,7 @@ class Streamer:
             reader.submit(self._read, home, slot, request, after)
         elif home.host is not None:
             try:
-                if upto_bytes - sent_bytes < len(slot.target):
+                if upto_bytes - sent_bytes < home.slab.nbytes:
                     self.device.copy(slot.target[sent_bytes:upto_bytes], home.host[sent_bytes:upto_bytes], after, slot.ready)
                 else:
                     self.device.copy(slot.target, home.host, after, slot.ready)
