@@ -294,11 +294,14 @@ class Streamer:
         """Send for a block and its successors as far as their bytes are free of those before them."""
         claimed = [slot.place for slot in self._live if slot.users]
         end = self._end
+        left = self._limit - sum(place.end - place.start for place in claimed) if claimed else self._limit
         for _ in self.homes:
             nbytes, slot = self._sizes[k], self._held[k]
+            if slot is None and not is_worth(nbytes, 0, left):
+                return
             place = behind(end, nbytes, self._limit) if slot is None else slot.place
             # One that another thread computes with is among those that are claimed.
-            free = nbytes if slot is not None and slot.users else free_bytes(place, claimed)
+            free = nbytes if not claimed or (slot is not None and slot.users) else free_bytes(place, claimed)
             sent_bytes = 0 if slot is None else slot.sent_bytes
             if slot is None or sent_bytes < nbytes:
                 if free < nbytes and (self._by_reader[k] or not is_worth(nbytes, sent_bytes, free)):
@@ -309,7 +312,9 @@ class Streamer:
                     self._send(slot, free, under)
             if free < nbytes:
                 return
-            claimed.append(place)
+            if slot is None or not slot.users:
+                claimed.append(place)
+                left -= nbytes
             end, k = place.end, self._successor[k]
 
     def _under(self, slot: _Slot, upto_bytes: int) -> list[_Slot]:
