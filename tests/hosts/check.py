@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 import overflowml
 from overflowml_core import session
+from overflowml_core.facts import Network
 from overflowml_core.planner.needs import phase_needs
 from overflowml_core.runtime.engine import Engine
 
@@ -41,9 +43,12 @@ def assert_same(ours: Any, theirs: Any) -> None:
 
 
 def smallest(source: Path | str | object, **options: Any) -> overflowml.Limits:
-    """The smallest budget with which a plan exists, as the refusal of one byte names it; nothing is kept for activations."""
+    """The smallest budget with which a plan exists, as the refusal of one byte names it; nothing is kept for activations.
+
+    Planned without a profile, which costs seconds: where nothing is kept for activations, needs are those of the weights.
+    """
     try:
-        overflowml.plan(source, overflow=overflowml.Limits.exactly(device_memory=1, reserve=0), **options)
+        session.make_plan(_unprofiled(source, options), overflowml.Limits.exactly(device_memory=1, reserve=0))
     except overflowml.DoesNotFit as refusal:
         return overflowml.Limits.exactly(device_memory=refusal.near_misses[0].needed_bytes, reserve=0)
     raise AssertionError("a model fits in one byte")
@@ -51,10 +56,14 @@ def smallest(source: Path | str | object, **options: Any) -> overflowml.Limits:
 
 def whole_blocks(source: Path | str | object, room_bytes: int = 0, **options: Any) -> overflowml.Limits:
     """The smallest budget that no block is taken apart for, and so much more; nothing is kept for activations."""
-    network = session.plugins().describe(source, overflowml.Workload(), options)  # without a profile, which costs seconds
-    assert network is not None
-    needs = phase_needs(network, overflowml.Limits.exactly(device_memory=1, reserve=0))
+    needs = phase_needs(_unprofiled(source, options), overflowml.Limits.exactly(device_memory=1, reserve=0))
     return overflowml.Limits.exactly(device_memory=max(need.smallest_bytes for need in needs) + room_bytes, reserve=0)
+
+
+def _unprofiled(source: Path | str | object, options: dict[str, Any]) -> Network:
+    network = session.plugins().describe(source, overflowml.Workload(), options)
+    assert network is not None
+    return network
 
 
 def assert_same_weights(ours: torch.nn.Module, theirs: torch.nn.Module, managed: bool = False) -> None:
@@ -94,7 +103,7 @@ def copy_folder(source: Path, target: Path) -> Path:
     for path in source.rglob("*"):
         if path.is_file():
             (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            (target / path.relative_to(source)).write_bytes(path.read_bytes())
+            shutil.copy2(path, target / path.relative_to(source))  # with its time, by which a profile is found again
     return target
 
 

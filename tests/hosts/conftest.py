@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,16 +37,25 @@ def register_plugins() -> None:
             session.plugins().register(importlib.import_module(f"overflowml_{name}"), name)
 
 
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all its processes of tests share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(autouse=True)
-def hosts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def hosts(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Iterator[None]:
     """The hosts installed before a test and as they were after it; whatever other tests registered as an accelerator is not seen."""
     monkeypatch.setattr(session.plugins(), "accelerators", lambda: [])
     monkeypatch.setattr("overflowml_core.inspect.accelerators.find_accelerators", lambda: [])
     for variable in _VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv(environment.CACHE, str(tmp_path_factory.mktemp("cache")))
+    # Without it transformers asks the Hub after adapters of a repository in the cache, and tries that for a quarter of a minute.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     # Profiles are kept by content, so that tests may share them; each costs up to a second.
-    monkeypatch.setattr("overflowml_core.description._profiles", lambda: _profiles(tmp_path_factory))
+    monkeypatch.setattr("overflowml_core.description._profiles", lambda: ProfileCache(shared / "profiles"))
     # A first install may have found no plugins: take it back before they are there.
     overflowml.uninstall()
     register_plugins()
@@ -83,19 +94,11 @@ def unprofiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("overflowml_core.description._measured", lambda *args: None)
 
 
-@pytest.fixture
-def small_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Profiles of images as small as those that tests make; tracing the tiles of a large one takes seconds."""
-    monkeypatch.setattr("overflowml_core.description.Workload", lambda: overflowml.Workload(height=64, width=64))
-
-
-_shared: list[ProfileCache] = []
-
-
-def _profiles(tmp_path_factory: pytest.TempPathFactory) -> ProfileCache:
-    if not _shared:
-        _shared.append(ProfileCache(tmp_path_factory.mktemp("profiles")))
-    return _shared[0]
+@pytest.fixture(autouse=True)
+def small_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test names no work, profiles are of as little as tests run; tracing thousands of tiles and frames takes seconds."""
+    small = overflowml.Workload(height=64, width=64, frames=9, prompt_tokens=16, new_tokens=4)
+    monkeypatch.setattr("overflowml_core.description.Workload", lambda: small)
 
 
 def _functions() -> list[Any]:
@@ -137,31 +140,37 @@ def import_path() -> dict[str, str]:
     return {**inherited, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
+def _save_once(shared: Path, name: str, dtype: torch.dtype, options: dict[str, Any], build: Callable[[], Any]) -> Path:
+    """The folder of a model that all processes of tests read: the first one that needs it saves it."""
+    described = hashlib.sha256(repr((dtype, sorted(options.items()))).encode()).hexdigest()[:12]
+    folder = shared / "saved" / f"{name}-{described}"
+    if not folder.is_dir():
+        own = folder.with_name(f"{folder.name}-{os.getpid()}")
+        build().save_pretrained(own, **options)
+        try:
+            own.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(own)  # another process was faster; weights of a name and dtype are the same in all
+    return folder
+
+
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def saved(shared: Path) -> Callable[..., Path]:
     """A function that saves a tiny model by its name in models.FAMILIES, once for all tests, and returns the folder."""
-    folders: dict[tuple[Any, ...], Path] = {}
 
     def save(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-        key = (name, dtype, tuple(sorted(options.items())))
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp(name)
-            models.build(name).to(dtype).save_pretrained(folders[key], **options)
-        return folders[key]
+        return _save_once(shared, f"model-{name}", dtype, options, lambda: models.build(name).to(dtype))
 
     return save
 
 
 @pytest.fixture(scope="session")
-def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def saved_pipeline(shared: Path) -> Callable[..., Path]:
     """The same for a tiny diffusers pipeline of :data:`pipelines.FAMILIES`."""
-    folders: dict[tuple[Any, ...], Path] = {}
 
     def save(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-        key = (name, dtype, tuple(sorted(options.items())))
-        if key not in folders:
-            folders[key] = tmp_path_factory.mktemp(name)
-            pipelines.build(name, dtype).save_pretrained(folders[key], **options)
-        return folders[key]
+        return _save_once(shared, f"pipeline-{name}", dtype, options, lambda: pipelines.build(name, dtype))
 
     return save

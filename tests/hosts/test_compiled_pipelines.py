@@ -10,8 +10,6 @@ import overflowml
 from tests.hosts import pipelines
 from tests.hosts.check import assert_same, whole_blocks
 
-pytestmark = pytest.mark.usefixtures("small_images")
-
 
 @pytest.fixture(scope="module")
 def compiled_alone() -> tuple[torch.Tensor, int]:

@@ -16,6 +16,7 @@ from overflowml_core.errors import BadLimits, Managed, OverflowmlError
 from tests.hosts import pipelines
 from tests.hosts.check import assert_same, assert_same_weights, smallest
 
+pytestmark = pytest.mark.usefixtures("unprofiled")
 Saved = Callable[..., Path]
 _NO_TOKENS = pipelines.without_tokenizers("flux")
 _SD = pipelines.without_tokenizers("stable_diffusion")

@@ -170,8 +170,8 @@ def test_description_can_be_planned_for_any_workload(saved: Saved, saved_pipelin
     assert few.components[0].activation_bytes < many.components[0].activation_bytes
     assert few.fingerprint == many.fingerprint
     options = pipelines.without_tokenizers("flux")
-    small = overflowml.describe(saved_pipeline("flux"), overflowml.Workload(height=256, width=256), **options)
-    big = overflowml.describe(saved_pipeline("flux"), overflowml.Workload(height=768, width=768), **options)
+    small = overflowml.describe(saved_pipeline("flux"), overflowml.Workload(height=64, width=64), **options)
+    big = overflowml.describe(saved_pipeline("flux"), overflowml.Workload(height=192, width=192), **options)
     assert sum(c.activation_bytes for c in small.components) < sum(c.activation_bytes for c in big.components)
 
 

@@ -16,6 +16,7 @@ import overflowml
 from tests.hosts import models
 from tests.hosts.check import assert_same, assert_same_weights, copy_folder, smallest
 
+pytestmark = pytest.mark.usefixtures("unprofiled")
 Saved = Callable[..., Path]
 
 

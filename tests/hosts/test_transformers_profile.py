@@ -134,9 +134,10 @@ def test_a_token_reads_the_experts_that_it_is_routed_to() -> None:
     model = live(models.FAMILIES["qwen3_moe"].make())
     (component,) = measured(model).components
     one = 3 * 32 * 16 * 2
-    assert [block.experts for block in component.blocks] == [Experts(4, one, 2)] * 4
-    prefill, token = component.profiles
     dense = component.blocks[0].stored_bytes - 4 * one
+    rest_bytes = component.blocks[0].slab_bytes - 4 * one
+    assert [block.experts for block in component.blocks] == [Experts(4, one, 2, rest_bytes)] * 4
+    prefill, token = component.profiles
     assert sum(work.weight_bytes for work in prefill.blocks[0].works) == dense + 4 * one
     assert sum(work.weight_bytes for work in token.blocks[0].works) == dense + 2 * one
 
@@ -144,7 +145,9 @@ def test_a_token_reads_the_experts_that_it_is_routed_to() -> None:
 def test_biases_of_stacked_experts_belong_to_them() -> None:
     config = tf.GptOssConfig(**{**_LLAMA, "intermediate_size": 16}, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
     (component,) = measured(live(config)).components
-    assert component.blocks[0].experts == Experts(4, 2 * (32 * 32 + 32 + 16 * 32 + 32), 2)
+    experts = component.blocks[0].experts
+    # Each tensor of a record begins on the alignment of slabs: 512 bytes.
+    assert (experts.count, experts.nbytes, experts.per_token) == (4, 2 * 32 * 32 + 512 + 2 * 16 * 32 + 512, 2)
 
 
 def test_dense_blocks_have_no_experts_and_count_their_linear_layers() -> None:

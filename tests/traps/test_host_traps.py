@@ -25,7 +25,15 @@ from overflowml_core.errors import BadLimits, DoesNotFit, Managed, OverflowmlErr
 from overflowml_core.traps import CATALOG
 from tests.hosts import models, pipelines
 from tests.hosts.check import assert_same, assert_same_weights, copy_folder, smallest, tensors_in, whole_blocks
-from tests.hosts.conftest import hosts, import_path, quiet, saved, saved_pipeline  # noqa: F401 -- fixtures, two of them for every test
+from tests.hosts.conftest import (  # noqa: F401 -- fixtures, three of them for every test
+    hosts,
+    import_path,
+    quiet,
+    saved,
+    saved_pipeline,
+    shared,
+    small_work,
+)
 
 Saved = Callable[..., Path]
 HOST_TRAPS = [trap for trap in CATALOG if trap.kind == "host"]
