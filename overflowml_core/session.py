@@ -252,11 +252,17 @@ def _forget(parts: list[object]) -> None:
 
 
 def release(target: object) -> bool:
-    """Give a managed model or pipeline back as it was; False where it was not managed."""
+    """Give a managed model or pipeline back as it was; False where it was not managed.
+
+    Routed experts that stayed on disk are read for it, as far as RAM has room for them; others stay without data, with a warning.
+    """
     found = attachment(target)
     if found is None:
         return False
     report = found.report()
+    experts = getattr(found, "experts", None)
+    if experts is not None and experts.unread_bytes:
+        experts.room_bytes = detect().host.available_bytes * 9 // 10  # something is left for who reads them
     found.detach()
     vars(target).pop(_ATTACHMENT, None)
     plugins().ran(found.plan, report)

@@ -108,6 +108,7 @@ class Engine:
                 if self._phases:
                     self._activate(self._phases[0])
         except BaseException:
+            self.experts.room_bytes = 0  # nobody gets this model; what was not read is not read for it
             self.detach()
             raise
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -101,3 +102,18 @@ def test_uninstalling_takes_the_implementation_out_of_the_host():
     assert "overflowml" not in ALL_EXPERTS_FUNCTIONS
     overflowml.install()
     assert "overflowml" in ALL_EXPERTS_FUNCTIONS
+
+
+def test_experts_that_ram_has_no_room_for_stay_unread_when_the_model_is_released(tmp_path, unprofiled, monkeypatch, caplog):
+    folder, limits = _saved("qwen3_moe", tmp_path / "model")
+    model = tf.AutoModelForCausalLM.from_pretrained(folder, overflow=limits)
+    attachment = overflowml.attachment(model)
+    unread_bytes = attachment.experts.unread_bytes
+    assert unread_bytes > 0
+    machine = overflowml.detect()
+    small = dataclasses.replace(machine, host=dataclasses.replace(machine.host, available_bytes=unread_bytes * 10 // 9 // 2))
+    monkeypatch.setattr("overflowml_core.session.detect", lambda: small)
+    assert overflowml.release(model)
+    assert "of experts stay unread" in caplog.text
+    left = sum(p.nbytes for p in model.parameters() if p.is_meta)
+    assert 0 < left < unread_bytes

@@ -102,10 +102,21 @@ class BankHome:
         fill([replace(slab.entries[number], offset_bytes=e * step) for e, slab in enumerate(self.slabs)], flat, self.reader)
         return target
 
-    def give_back(self) -> None:
-        """Let the module hold plain weights again, where they were. What is seen in the model's own file stays there."""
+    @property
+    def unread_bytes(self) -> int:
+        """Of the weights that the module holds without data, for no mapped file can show them."""
+        return sum(shown.nbytes for shown in self.parameters if shown.is_meta)
+
+    def give_back(self, reads: bool = True) -> None:
+        """Let the module hold plain weights again, where they were. What is seen in the model's own file stays there.
+
+        Args:
+            reads: read the weights that are held without data; else they stay so.
+        """
         if self.hook is not None:
             self.hook.remove()
+        if not reads and self.unread_bytes:
+            return
         for number, (weight, shown) in enumerate(zip(self.bank.weights, self.parameters, strict=True)):
             if self.records is None and not shown.is_meta:
                 continue

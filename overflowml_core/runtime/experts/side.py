@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from overflowml_core.runtime.experts.listed import hook_experts
 from overflowml_core.runtime.feeder import Feeder
 from overflowml_core.runtime.homes import FileMaps
 from overflowml_core.runtime.store import PackedStore
+from overflowml_core.units import format_bytes
+
+_log = logging.getLogger("overflowml")
 
 Caller = Callable[..., torch.Tensor]
 """Computes what a module with stacked experts computes: called with the module, hidden states (tokens, hidden), numbers (tokens, k) of
@@ -49,6 +53,8 @@ class ExpertSide:
         self._open_store = open_store
         self._setting = setting
         self._conductors: list[Conductor] = []
+        self.room_bytes: int | None = None
+        """Of RAM, for weights that are read when experts are given back; None reads all."""
 
     def conduct(self, phase: PhasePlan, banks: Sequence[Apart], loading: Loading | None, done: Callable[[int], None]) -> Conductor | None:
         """Bring all banks of a phase to where the plan has them, and have them conducted.
@@ -128,8 +134,23 @@ class ExpertSide:
         """What was counted; None where no experts are apart. Of several phases, the first that has some."""
         return next((conductor.report() for conductor in self._conductors), None)
 
+    @property
+    def unread_bytes(self) -> int:
+        """What giving all experts back would read into RAM."""
+        return sum(seat.home.unread_bytes for conductor in self._conductors for seat in conductor.seats)
+
     def give_back(self) -> None:
-        """Let the modules hold plain weights again. A second call does nothing."""
+        """Let the modules hold plain weights again, as far as there is room for what is still unread. A second call does nothing."""
+        left_bytes = 0
         while self._conductors:
             for seat in self._conductors.pop().seats:
-                seat.home.give_back()
+                unread_bytes = seat.home.unread_bytes
+                reads = self.room_bytes is None or unread_bytes <= self.room_bytes
+                left_bytes += 0 if reads else unread_bytes
+                if self.room_bytes is not None and reads:
+                    self.room_bytes -= unread_bytes
+                seat.home.give_back(reads)
+        if left_bytes:
+            _log.warning(
+                "%s of experts stay unread, for RAM has no room for them; load the model again to use it", format_bytes(left_bytes)
+            )
