@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from overflowml_core.facts import Experts
 from overflowml_core.planner.expert_hits import asked_of, lfu_misses, lru_misses, touched_experts
-from overflowml_core.runtime.experts.policy import Ranking, Scores
+from overflowml_core.runtime.experts.policy import HALF_LIVES, Ranking, Scores
 
 LAYERS = 4
 
@@ -69,11 +69,12 @@ def lru_hits(trace: list[tuple[int, list[int]]], slots: int, warm: int) -> float
 
 def policy_hits(trace: list[tuple[int, list[int]]], slots: int, warm: int, half_life: float, count: int) -> float:
     """The runtime's ranking, with the half-life that it would find."""
-    ranking = Ranking(Scores(count, half_life))
+    scores = Scores(count, half_life, ())
+    ranking = Ranking(scores.levels)
     hits = asked = 0
     for number, (_, experts) in enumerate(trace):
         for e in experts:
-            ranking.scores.touch(e, 1, 1, number // LAYERS)
+            scores.touch(e, 1, 1, number // LAYERS)
             if e in ranking.cached:
                 ranking.renew(e)
         there = [e for e in experts if e in ranking.cached]
@@ -104,7 +105,7 @@ def test_hits_are_those_of_caches_that_are_led_through_random_requests(exponent:
     for slots in (32, 64, 128):
         simulated = lru_hits(trace, slots, 2000)
         assert 1 - sum(lru_misses(rates, slots)) / (4 * LAYERS) == pytest.approx(simulated, abs=0.02)
-        real = max(policy_hits(trace, slots, 2000, half_life, 64 * LAYERS) for half_life in (64.0, 1024.0))
+        real = max(policy_hits(trace, slots, 2000, half_life, 64 * LAYERS) for half_life in HALF_LIVES)
         assert predicted(heats, 4, slots) == pytest.approx(real, abs=0.03)
 
 
