@@ -105,7 +105,7 @@ def _entry(weight: Weight, part: Part, offset: int, loading: Loading | None) -> 
     scattered = known.pieces_of(weight.parameter) if known is not None and origin is None else ()
     tensor, shape = part.tensor, tuple(part.tensor.shape)
     in_files = origin is not None or bool(scattered)
-    stride = tuple(tensor.stride()) if not in_files and _is_dense(tensor) else _contiguous_stride(shape)
+    stride = tuple(tensor.stride()) if not in_files and _is_dense(tensor) else contiguous_stride(shape)
     return Entry(weight, offset, part.nbytes, shape, stride, tensor.dtype, origin, part.path, scattered)
 
 
@@ -120,7 +120,8 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a tensor of this shape whose rows stand one behind the other."""
     strides: list[int] = []
     step = 1
     for size in reversed(shape):

@@ -15,13 +15,13 @@ from overflowml_core.loading import Loading
 from overflowml_core.runtime.chunks import Piece
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.experts.bank import Bank
-from overflowml_core.runtime.experts.record import as_in_file, is_in_files, pieces_in_files, records_of, stacked_view
+from overflowml_core.runtime.experts.record import as_in_file, records_of, stacked_view
 from overflowml_core.runtime.homes import FileMaps, Home
 from overflowml_core.runtime.parts import parameter_over, refit
 from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.slab import Slab, lay_out
 from overflowml_core.runtime.slab_content import content_of
-from overflowml_core.runtime.source import fill
+from overflowml_core.runtime.source import fill, is_straight, pieces_of
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.runtime.structure import Unit
 
@@ -160,7 +160,7 @@ def bank_on_disk(
         OverflowmlError: the store cannot be written.
     """
     slabs, size = records_of(bank, loading), bank.record_bytes
-    if all(is_in_files(slab) for slab in slabs):
+    if all(is_straight(entry) for slab in slabs for entry in slab.entries):
         homes = [_home_in_file(slab, device, reader) for slab in slabs]
         home = BankHome(bank, Tier.DISK, homes, size, reader, slabs=slabs)
         whole = lay_out(Unit(bank.name, None, bank.weights), loading).entries
@@ -176,7 +176,7 @@ def bank_on_disk(
 
 
 def _home_in_file(slab: Slab, device: Device, reader: FileReader) -> Home:
-    pieces = pieces_in_files(slab)
+    pieces = tuple(pieces_of(slab))
     reader.hold(pieces)
     if device.on_host and pieces and reader.reads_direct(pieces[0].path):
         placed = as_in_file(slab, reader.status(pieces[0].path).st_size)

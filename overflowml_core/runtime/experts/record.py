@@ -12,8 +12,8 @@ from overflowml_core.layout import slab_offsets
 from overflowml_core.loading import Loading, Origin
 from overflowml_core.runtime.chunks import DIRECT_ALIGNMENT_BYTES, Piece
 from overflowml_core.runtime.experts.bank import Bank
-from overflowml_core.runtime.slab import Entry, Slab
-from overflowml_core.runtime.structure import TORCH_DTYPES, Unit
+from overflowml_core.runtime.slab import Entry, Slab, contiguous_stride
+from overflowml_core.runtime.structure import Unit
 
 SPARE_BYTES = 2 * DIRECT_ALIGNMENT_BYTES
 """Of a slot in RAM beyond a record, so that whole pages around it in its file can be read straight into it."""
@@ -26,7 +26,8 @@ def records_of(bank: Bank, loading: Loading | None) -> list[Slab]:
         bank: which experts.
         loading: knows where weights without data are to be read; None where all have data.
     """
-    offsets, nbytes = slab_offsets(bank.tensor_bytes)
+    sizes_bytes = bank.tensor_bytes
+    offsets, nbytes = slab_offsets(sizes_bytes)
     unit = Unit(bank.name, None, bank.weights)
     sources = [_shares(_pieces(weight.parameter, loading), bank.count if bank.is_stacked else 1) for weight in bank.weights]
     slabs: list[Slab] = []
@@ -38,9 +39,8 @@ def records_of(bank: Bank, loading: Loading | None) -> list[Slab]:
             share = (shares[expert if bank.is_stacked else 0]) if shares else ()
             shape = tuple(weight.parameter.shape[1:] if bank.is_stacked else weight.parameter.shape)
             whole = replace(share[0], shape=shape) if len(share) == 1 else None
-            size = bank.tensor_bytes[place]
-            stride = _contiguous(shape)
-            entry = Entry(weight, offsets[place], size, shape, stride, weight.parameter.dtype, whole)
+            stride = contiguous_stride(shape)
+            entry = Entry(weight, offsets[place], sizes_bytes[place], shape, stride, weight.parameter.dtype, whole)
             entries.append(entry if whole is not None or not share else replace(entry, scattered=tuple(share)))
         slabs.append(Slab(unit, tuple(entries), nbytes))
     return slabs
@@ -81,29 +81,6 @@ def _shape_of(piece: Origin, nbytes: int) -> tuple[int, ...]:
     return (elements * nbytes // piece.nbytes,)
 
 
-def origins_of(entry: Entry) -> tuple[Origin, ...]:
-    """Where the bytes of an entry lie in files, piece by piece; none where the model itself has them."""
-    return (entry.origin,) if entry.origin is not None else entry.scattered
-
-
-def is_in_files(slab: Slab) -> bool:
-    """Whether a record can be read from the model's own files as it is used."""
-    return all(
-        origins_of(entry) and all(TORCH_DTYPES.get(origin.dtype) is entry.dtype for origin in origins_of(entry)) for entry in slab.entries
-    )
-
-
-def pieces_in_files(slab: Slab) -> tuple[Piece, ...]:
-    """What to read for a record that lies in files as it is used."""
-    pieces: list[Piece] = []
-    for entry in slab.entries:
-        offset = entry.offset_bytes
-        for origin in origins_of(entry):
-            pieces.append(Piece(origin.path, origin.offset_bytes, offset, origin.nbytes))
-            offset += origin.nbytes
-    return tuple(pieces)
-
-
 def as_in_file(slab: Slab, file_bytes: int) -> tuple[Slab, Piece] | None:
     """A record as its file has it, and the whole pages that hold it there: one read past the page cache, straight into a slot.
 
@@ -142,12 +119,3 @@ def stacked_view(buffer: torch.Tensor, record_bytes: int, entry: Entry, count: i
     step = record_bytes // entry.dtype.itemsize
     start = flat.storage_offset() + entry.offset_bytes // entry.dtype.itemsize
     return torch.as_strided(flat, (count, *entry.shape), (step, *entry.stride), start)
-
-
-def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))

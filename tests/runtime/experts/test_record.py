@@ -12,8 +12,9 @@ from overflowml_core.facts import Limits
 from overflowml_core.layout import slab_bytes
 from overflowml_core.loading import Loading, Origin
 from overflowml_core.runtime.experts.bank import Bank
-from overflowml_core.runtime.experts.record import SPARE_BYTES, as_in_file, is_in_files, pieces_in_files, records_of, stacked_view
+from overflowml_core.runtime.experts.record import SPARE_BYTES, as_in_file, records_of, stacked_view
 from overflowml_core.runtime.reader import FileReader
+from overflowml_core.runtime.source import is_straight, pieces_of
 from overflowml_core.runtime.structure import Owner, Weight
 
 COUNT, UP, DOWN = 5, (6, 4), (4, 3)
@@ -55,9 +56,9 @@ def test_each_expert_has_its_own_bytes(tmp_path: Path, gap_bytes: int) -> None:
     assert {slab.nbytes for slab in slabs} == {made.record_bytes} == {slab_bytes([96, 48])}
     with FileReader() as reader:
         for expert, slab in enumerate(slabs):
-            assert is_in_files(slab)
+            assert all(is_straight(entry) for entry in slab.entries)
             buffer = torch.zeros(slab.nbytes, dtype=torch.uint8)
-            reader.read(pieces_in_files(slab), buffer)
+            reader.read(pieces_of(slab), buffer)
             start = 64 + expert * (48 + 96 + gap_bytes)
             assert bytes(slab.entries[1].view(buffer).contiguous().view(-1).view(torch.uint8).numpy()) == data[start : start + 48]
             assert bytes(slab.entries[0].view(buffer).contiguous().view(-1).view(torch.uint8).numpy()) == data[start + 48 : start + 144]
@@ -85,7 +86,7 @@ def test_a_record_whose_tensors_lie_far_apart_is_read_in_pieces(tmp_path: Path) 
     loading.defer(made.weights[1].parameter, Origin(path, 50_000, COUNT * 48, "F32", (COUNT, *DOWN)))
     slabs = records_of(made, loading)
     assert [as_in_file(slab, 100_000) for slab in slabs] == [None] * COUNT
-    assert [(p.file_offset, p.nbytes) for p in pieces_in_files(slabs[2])] == [(192, 96), (50_096, 48)]
+    assert [(p.file_offset, p.nbytes) for p in pieces_of(slabs[2])] == [(192, 96), (50_096, 48)]
 
 
 def test_what_a_file_has_in_another_dtype_is_not_used_from_there(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_what_a_file_has_in_another_dtype_is_not_used_from_there(tmp_path: Path)
     loading = Loading(Limits())
     loading.defer(made.weights[0].parameter, Origin(tmp_path / "model", 0, COUNT * 96, "F32", (COUNT, *UP)))
     loading.defer(made.weights[1].parameter, Origin(tmp_path / "model", 480, COUNT * 48, "F32", (COUNT, *DOWN)))
-    assert not any(is_in_files(slab) for slab in records_of(made, loading))
+    assert not any(is_straight(entry) for slab in records_of(made, loading) for entry in slab.entries)
 
 
 def test_records_are_seen_as_the_stack_that_they_are() -> None:
