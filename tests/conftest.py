@@ -19,8 +19,10 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Machines are shared: no test fails because it was slow once.
-settings.register_profile("overflowml", deadline=None)
+# Machines are shared: no test fails because it was slow once. Examples are the same each time, so that a change is judged by what it changes;
+# new ones are looked for on purpose, with --hypothesis-profile=explore.
+settings.register_profile("overflowml", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
 settings.load_profile("overflowml")
 
 

@@ -18,6 +18,7 @@ from overflowml_core.planner.residency import Residency, choose
 from overflowml_core.planner.setting import Setting, key_of
 from overflowml_core.planner.stage import move_of
 from overflowml_core.planner.timed import Problem, choose_timed
+from overflowml_core.staging import fitting
 
 QUALITY_ORDER = ("lossless", "minimal", "any")
 
@@ -234,7 +235,8 @@ def _sequential(setting: Setting, recipe: Recipe, needs: Sequence[PhaseNeed]) ->
         slot_count = min(2, len(whole_blocks) - 1)
         if need.smallest_bytes + (slot_count - 1) * slot_bytes > setting.budget.device_bytes:
             slot_count = 1
-        drafts.append(Draft(need, Residency((False,) * len(need.blocks), slot_count * slot_bytes, slot_bytes)))
+        staging_bytes = fitting(whole_blocks, min(slot_count * slot_bytes, sum(whole_blocks) - 1))  # all of them would be residency
+        drafts.append(Draft(need, Residency((False,) * len(need.blocks), staging_bytes, slot_bytes)))
     if not any(draft.residency.slot_count for draft in drafts):
         return candidate
     candidate.drafts = tuple(drafts)

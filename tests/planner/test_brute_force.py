@@ -141,6 +141,12 @@ def test_the_plan_of_two_phases_is_the_optimum(encoder, model, share, unified):
         assert (plan.quality, plan.estimate.total_s) == (best[0], pytest.approx(best[1]))
 
 
+def test_no_phase_streams_through_a_buffer_that_holds_all_its_blocks():
+    encoder, model = timed("encoder", [4 * MIB] * 2, [0.0] * 2), timed("model", [4 * MIB, 4 * MIB, 8 * MIB], [0.0, 0.01, 0.02], 30)
+    plan = planned(network(encoder, model), on(device=2**40), 16 * MIB)
+    assert [phase.staging_bytes for phase in plan.phases] == [0, 0]
+
+
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(parts("model", 7, True), SHARE)
