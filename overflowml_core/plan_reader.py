@@ -240,5 +240,5 @@ def _read_document(document: Mapping[str, Any]) -> Plan:
             for w in document["outlook"]
         ),
         schema=_count(document["schema"], "schema"),
-        fingerprint=_text(document["fingerprint"], "fingerprint") or "missing",
+        fingerprint=_text(document["fingerprint"], "fingerprint")[:64] or "missing",
     )

@@ -1,4 +1,4 @@
-"""Throws malformed GGUF files at ``read_gguf_header`` and holds it against the reader of the gguf package; ``fuzz_headers.py`` runs it.
+"""Throws malformed GGUF files at ``read_gguf_header`` and holds it against the reader of the gguf package; ``fuzz.py`` runs it.
 
 The rule: either BadCheckpoint, or a header whose tensors that reader finds too, at the same places. What is accepted is made a network
 as well: that gives one, or an error of the project. Never another exception, never more memory than the file is long.

@@ -1,28 +1,16 @@
-"""Throws malformed headers at ``read_header`` and holds it against the real safetensors library; runs ``fuzz_gguf.py`` too.
+"""Malformed safetensors files for ``read_header``, which is held against the real library; ``fuzz.py`` runs them.
 
 The rule: either BadCheckpoint, or a header that the library accepts too, with equal entries; what is accepted is made a network as well.
 Never another exception, never a second for one input, never more memory than the file is long.
-``python tests/inspect/fuzz_headers.py --count 100000`` runs as many inputs as wanted for both parsers; the test suite runs a few.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib.util
 import json
 import random
 import struct
-import sys
-import tempfile
-import time
-import tracemalloc
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it runs without the project being installed
 
 import safetensors
 from safetensors._safetensors_rust import deserialize
@@ -33,8 +21,6 @@ from overflowml_core.inspect.safetensors import DTYPE_BITS, read_header
 from overflowml_core.inspect.single_file import network_of_file
 
 LARGEST_ALLOCATION_BYTES = 16 * 2**20  # the inputs are a few KiB
-LARGEST_PROCESS_BYTES = 2 * 2**30  # address space of the whole run, libraries included
-LONGEST_S = 1.0  # for one input; most take a thousandth
 
 ABSURD_NUMBERS = [
     *("-1", "-0", "0", "1", "2", "3", "7", "8", "9", "1.5", "1e3", "1e999", "true", "false", "null", "NaN", "-Infinity", '"4"', "[]", "{}"),
@@ -181,85 +167,3 @@ def check(path: Path, raw: bytes) -> str:
     with contextlib.suppress(NotAModel, BadCheckpoint):
         assert network_of_file(path, Workload(prompt_tokens=7)).weight_bytes == sum(entry.nbytes for entry in header.tensors)
     return "accepted"
-
-
-def main() -> int:
-    """Run the inputs and print how many were accepted and refused; 1 if the rule was broken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100_000, help="how many inputs for each parser")
-    parser.add_argument("--seed", type=int, default=0, help="of the random generator")
-    parser.add_argument("--parser", choices=("safetensors", "gguf", "both"), default="both", help="which of them")
-    parser.add_argument("--trace-memory", action="store_true", help="also hold the peak of Python's allocations against a limit (slower)")
-    options = parser.parse_args()
-    _limit_memory()
-    broken = 0
-    if options.parser != "gguf":
-        broken += _run("safetensors", make_input, check, options)
-    if options.parser != "safetensors":
-        spec = importlib.util.spec_from_file_location("fuzz_gguf", Path(__file__).with_name("fuzz_gguf.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        fuzz_gguf = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(fuzz_gguf)
-        broken += _run("gguf", fuzz_gguf.make_input, fuzz_gguf.check, options)
-    return int(broken > 0)
-
-
-def _limit_memory() -> None:
-    """Make an allocation by what a header claims fail, instead of filling the machine; where the system can."""
-    with contextlib.suppress(ImportError):
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (LARGEST_PROCESS_BYTES, LARGEST_PROCESS_BYTES))
-
-
-def _run(suffix: str, make: Callable[[random.Random], bytes], checked: Callable[[Path, bytes], str], options: argparse.Namespace) -> int:
-    """One parser's inputs; how often the rule was broken."""
-    rng = random.Random(options.seed)
-    outcomes: Counter[str] = Counter()
-    stricter: Counter[str] = Counter()
-    slowest = 0.0
-    started = time.monotonic()
-    if options.trace_memory:
-        tracemalloc.start()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"fuzz.{suffix}"
-        for _ in range(options.count):
-            raw = make(rng)
-            begun = time.monotonic()
-            try:
-                outcome = checked(path, raw)
-            except Exception as error:  # noqa: BLE001 -- whatever it is, it is a finding
-                outcome = "BROKEN"
-                print(f"{type(error).__name__}: {error}\n  input: {raw!r}")  # noqa: T201
-            taken = time.monotonic() - begun
-            slowest = max(slowest, taken)
-            if taken > LONGEST_S:
-                outcome = "BROKEN"
-                print(f"took {taken:.1f} s\n  input: {raw!r}")  # noqa: T201
-            outcomes[outcome] += 1
-            if outcome == "stricter":
-                stricter[_why(path)] += 1
-    print(f"{suffix}: {options.count} inputs, seed {options.seed}, {time.monotonic() - started:.0f} s: {dict(outcomes)}")  # noqa: T201
-    print(f"slowest input: {slowest:.3f} s")  # noqa: T201
-    if stricter:
-        print(f"refused though the library accepts: {dict(stricter.most_common(12))}")  # noqa: T201
-    if options.trace_memory:
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        print(f"peak of Python's allocations: {peak} bytes")  # noqa: T201
-        outcomes["BROKEN"] += peak > LARGEST_ALLOCATION_BYTES
-    return outcomes["BROKEN"]
-
-
-def _why(path: Path) -> str:
-    try:
-        read_header(path)
-    except BadCheckpoint as error:
-        words = [word for word in error.problem.split() if word.isalpha() and word.isascii()]
-        return " ".join(words[:9])
-    return ""
-
-
-if __name__ == "__main__":
-    sys.exit(main())

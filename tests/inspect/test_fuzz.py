@@ -1,4 +1,4 @@
-"""Any bytes give BadCheckpoint or what the real library reads too; the long run is fuzz_headers.py."""
+"""Any bytes give BadCheckpoint or what the real library reads too; the long run is fuzz.py."""
 
 import importlib.util
 import random
