@@ -25,8 +25,8 @@ from overflowml_core.plan import (
 
 _LARGEST_PLAN_CHARS = 64 * 2**20
 _LARGEST_COUNT = 2**60
-_LONGEST_SECONDS = 1e30
-_FASTEST = 1e30
+_LONGEST_SECONDS = 2.0**100  # a power of two: an integer below it is no larger as a float
+_FASTEST = 2.0**100
 """Of rates a second; like the longest time far beyond anything, and still a number to reckon with."""
 
 
@@ -73,7 +73,7 @@ def _text(value: object, what: str) -> str:
 def _seconds(value: object, what: str) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _LONGEST_SECONDS:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LONGEST_SECONDS:
         raise BadPlan(f"plan: {what}={value!r} is not a time in seconds; make the plan again")
     return float(value)
 
@@ -87,7 +87,7 @@ def _share(value: object, what: str) -> float | None:
 
 
 def _rate(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < _FASTEST:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _FASTEST:
         raise BadPlan(f"plan: {what}={value!r} is not a rate; make the plan again")
     return float(value)
 

@@ -162,7 +162,10 @@ def _accelerator(document: object, what: str, place: int, host: HostMemory) -> A
     if isinstance(document, str):
         bare = Machine((), host, Rates(0, 0, 0), 0)
         ram = host.total_bytes
-        return replace(named_machine(document, ram_bytes=ram, base=bare).accelerators[0], index=place)
+        named = named_machine(document, ram_bytes=ram, base=bare).accelerators if document.strip() else ()
+        if len(named) != 1:
+            raise _bad(what, document, "it is not the name of one accelerator")
+        return replace(named[0], index=place)
     fields = _object(document, what, Accelerator)
     total = _bytes(_required(fields, "total_bytes", what), f"{what}.total_bytes", least=1)
     accelerator = Accelerator(

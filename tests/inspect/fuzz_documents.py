@@ -154,7 +154,8 @@ def _check_page(path: Path, raw: bytes) -> str:
         header = Header.decode(page)
     except BadSlabFile as error:
         return _refused(error)
-    assert Header.decode(header.encode()) == header
+    again = Header.decode(header.encode())  # half a surrogate pair is no text, and written as a question mark
+    assert Header.decode(again.encode()) == again
     return "accepted"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -32,3 +33,11 @@ def test_a_fingerprint_of_thousands_of_digits_is_not_repeated():
     with pytest.raises(BadPlan) as caught:
         Plan.from_json(json.dumps({**document, "fingerprint": "9" * 5000}))
     assert len(str(caught.value)) < 300
+
+
+def test_the_largest_times_are_read_as_they_were_written():
+    plan = Plan.from_json(READERS["plan"].valid[0])
+    largest = replace(plan, estimate=replace(plan.estimate, stall_s=2.0**100), fingerprint="")
+    assert Plan.from_json(largest.to_json()).estimate.stall_s == 2.0**100
+    with pytest.raises(BadPlan, match="stall_s"):
+        Plan.from_json(largest.to_json().replace('"stall_s": 1.2676506002282294e+30', f'"stall_s": {2**100 + 1}'))

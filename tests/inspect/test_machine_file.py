@@ -164,6 +164,8 @@ def with_rates(**fields):
         ({"accelerators": [], "host": HOST, "schema": 9}, "schema=9: this version reads 1"),
         ({"accelerators": ["x"] * 65, "host": HOST}, "accelerators=a list of 65"),
         ({"accelerators": [7], "host": HOST}, r"accelerators\[0\]=7"),
+        ({"accelerators": [""], "host": HOST}, r"accelerators\[0\]=''"),
+        ({"accelerators": ["2x RTX 3060"], "host": HOST}, r"accelerators\[0\]='2x RTX 3060'"),
         (card(total_bytes=0), "total_bytes=0"),
         (card(free_bytes=GIB + 1), "free_bytes=.*more than the total"),
         (card(free_bytes=-1), "free_bytes=-1"),
