@@ -10,7 +10,6 @@ waits for neither; it waits only for the reader thread, where a block comes from
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -25,47 +24,14 @@ from overflowml_core.facts import Tier
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.feeder import Feeder
 from overflowml_core.runtime.homes import Home
+from overflowml_core.runtime.staging_slot import AT_ONCE, COPIED, Request, Slot, calls_under_way, places_of
 from overflowml_core.staging import Place, behind, free_bytes, is_worth
 
 _LOOK_AGAIN_S = 0.5
 """A thread that waits for a slot looks this often whether those who use it are still there."""
 
-
-_AT_ONCE = threading.Event()
-_AT_ONCE.set()
-"""What a request has that the calling thread carries out itself: nobody sees it before its copy is queued."""
-
-
 _MOST_ADDRESSES = 32
 """Of a block, whose parameters are kept; only blocks that are called in ever new orders come to lie in more places."""
-
-
-class _Request:
-    """A block on its way into a slot."""
-
-    __slots__ = ("error", "issued")
-
-    def __init__(self, issued: threading.Event) -> None:
-        self.issued = issued
-        self.error: BaseException | None = None
-
-
-class _Slot:
-    """A block's place in the staging buffer: how far its copy was sent for, who computes with it, and how the block looks there."""
-
-    __slots__ = ("free", "k", "over", "parameters", "place", "ready", "request", "sent_bytes", "target", "users")
-
-    def __init__(self, k: int, place: Place, target: torch.Tensor, free: Any, ready: Any) -> None:
-        self.k = k
-        self.place = place
-        self.target = target
-        self.free = free
-        self.ready = ready
-        self.sent_bytes = 0
-        self.over: list[tuple[Place, Any]] = []  # what it put an end to, and behind what
-        self.request: _Request | None = None
-        self.users: list[int] = []  # idents of the threads that compute with it
-        self.parameters: tuple[nn.Parameter, ...] | None = None  # made when the block is called there for the first time
 
 
 class Streamer:
@@ -105,18 +71,21 @@ class Streamer:
         self._by_reader: list[bool] = []
         self._limit = 0
         """Bytes of the buffer that blocks may lie in."""
-        self._held: list[_Slot | None] = [None] * len(self.homes)
+        self._held: list[Slot | None] = [None] * len(self.homes)
         """Per block, the slot that holds or awaits it."""
-        self._live: list[_Slot] = []
+        self._live: list[Slot] = []
         """These slots, in the order in which they were sent for."""
-        self._known: list[dict[int, _Slot]] = [{} for _ in self.homes]
+        self._known: list[dict[int, Slot]] = [{} for _ in self.homes]
         """Per block, its slots by their first byte."""
         self._end = 0
         """The byte behind the block that was called last."""
-        self._places = [_places_of(home) for home in self.homes]
+        self._places = [places_of(home) for home in self.homes]
         self._successor = [(k + 1) % len(self.homes) for k in range(len(self.homes))]
         self._previous: int | None = None
-        self._condition = threading.Condition()
+        # Taken through the lock itself, and told only where somebody waits: it happens twice a block.
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
+        self._waiting = 0
         self._reader: ThreadPoolExecutor | None = None
 
     @property
@@ -134,7 +103,7 @@ class Streamer:
             return
         self._staged, self._sizes, self._limit = self.feeder.staged(self.homes, self.staging_bytes, self.spare_bytes)
         self._buffer = self.device.staging(self._limit)
-        self._places = [_places_of(home) for home in self.homes]  # weights may have been let go since the last time
+        self._places = [places_of(home) for home in self.homes]  # weights may have been let go since the last time
         # The allocator may hand out memory that queued work still reads; the first copies wait for that work.
         self._opened = self.device.new_event()
         self.device.record(self._opened)
@@ -145,7 +114,7 @@ class Streamer:
             # after the other.
             count = max(2, self._limit // max(self._sizes)) if self.device.on_host else 1
             self._reader = ThreadPoolExecutor(max_workers=count, thread_name_prefix="overflowml-reader")
-        with self._condition:
+        with self._lock:
             self._end = 0
             self._prefetch(0)
 
@@ -169,22 +138,25 @@ class Streamer:
             Unsupported: the calling thread is inside another block that uses the same slot.
         """
         me = threading.get_ident()
-        with self._condition:
-            slot = self._held[k]
-            if slot is None or me in slot.users or slot.sent_bytes < self._sizes[k]:
+        with self._lock:
+            slot, nbytes = self._held[k], self._sizes[k]
+            if slot is None or slot.sent_bytes < nbytes or me in slot.users:
                 slot = self._slot_for(k, me)
             request = slot.request
-            if request is None or slot.sent_bytes < self._sizes[k]:
-                under = self._under(slot, self._sizes[k])
+            if request is None or slot.sent_bytes < nbytes:
+                under = self._under(slot, nbytes)
                 for other in under:
                     self._await_issue(other.request)  # a read under way to these bytes ends first
-                request = self._send(slot, self._sizes[k], under)
+                request = self._send(slot, nbytes, under)
             slot.users.append(me)
             self._end = slot.place.end
             self.pass_count += k == 0
-            self._learn(k)
+            if self._previous is not None and self._previous != k:
+                self._successor[self._previous] = k
+            self._previous = k
         try:
-            self._await_issue(request)
+            if request.issued is not AT_ONCE:
+                self._await_issue(request)
             if request.error is not None:
                 raise request.error
             self.device.wait(slot.ready)
@@ -195,7 +167,7 @@ class Streamer:
             self.release(k, failed=True)
             raise
 
-    def _slot_for(self, k: int, me: int) -> _Slot:
+    def _slot_for(self, k: int, me: int) -> Slot:
         """The slot that holds block k, or one for it: behind the block called last, the first whose bytes nobody computes with."""
         while True:
             held = self._held[k]
@@ -219,16 +191,21 @@ class Streamer:
                     f"block {self.homes[k].slab.unit.name} is called inside {self.homes[busy[0].k].slab.unit.name}, and the staging buffer "
                     "does not hold both; give the budget room for both, so that they stay resident"
                 )
-            if not self._condition.wait(_LOOK_AGAIN_S):
+            self._waiting += 1
+            try:
+                is_told = self._condition.wait(_LOOK_AGAIN_S)
+            finally:
+                self._waiting -= 1
+            if not is_told:
                 for slot in busy:
                     self._take_back(slot, k)
 
-    def _has_room(self, slot: _Slot) -> bool:
+    def _has_room(self, slot: Slot) -> bool:
         """Whether nobody computes with bytes of a slot that are still to come."""
         busy = [other.place for other in self._live if other.users and other is not slot]
         return slot.sent_bytes == self._sizes[slot.k] or free_bytes(slot.place, busy) == self._sizes[slot.k]
 
-    def _slot_at(self, k: int, place: Place) -> _Slot:
+    def _slot_at(self, k: int, place: Place) -> Slot:
         """A slot in which nothing was sent for so far."""
         assert self._buffer is not None  # whoever asks is open
         known = self._known[k]
@@ -237,14 +214,14 @@ class Streamer:
             if len(known) == _MOST_ADDRESSES:
                 known.clear()
             target = self._buffer[place.start : place.start + self._staged[k].slab.nbytes]
-            slot = known[place.start] = _Slot(k, place, target, self.device.new_event(), self.device.new_event())
+            slot = known[place.start] = Slot(k, place, target, self.device.new_event(), self.device.new_event())
         slot.place, slot.sent_bytes, slot.request, slot.over = place, 0, None, []
         return slot
 
     def release(self, k: int, failed: bool = False) -> None:
         """Give block k's slot free behind what was computed with it, and start the next copies."""
         me = threading.get_ident()
-        with self._condition:
+        with self._lock:
             slot = self._held[k]
             if slot is None or me not in slot.users:
                 return
@@ -257,24 +234,25 @@ class Streamer:
                     self.device.record(self._opened)
                     self._waits_for_opened = True
                     self._drop(slot)
-            self._condition.notify_all()
+            if self._waiting:
+                self._condition.notify_all()
             if not failed:
                 self._prefetch(self._successor[k])
 
     def begin_pass(self) -> None:
         """Take back what this thread left in use when an interrupt broke off its last pass."""
         me = threading.get_ident()
-        with self._condition:
+        with self._lock:
             stale = [slot.k for slot in self._live if me in slot.users]
         for k in stale:
             self.release(k)
 
-    def _take_back(self, slot: _Slot, k: int) -> None:
+    def _take_back(self, slot: Slot, k: int) -> None:
         """Before a call of block k, free a slot from calls that ended in what no hook sees: an interrupt, the end of a thread."""
         home, me = self.homes[slot.k], threading.get_ident()
         left: list[int] = []
         for user in set(slot.users):
-            inside = _calls_under_way(home.slab.unit.module, user) - (user == me and slot.k == k)
+            inside = calls_under_way(home.slab.unit.module, user) - (user == me and slot.k == k)
             left += [user] * min(inside, slot.users.count(user))
         slot.users = left
         if not left:
@@ -285,51 +263,47 @@ class Streamer:
         for place, attribute, number in self._places[k]:
             place[attribute] = parameters[number]
 
-    def _learn(self, k: int) -> None:
-        if self._previous is not None and self._previous != k:
-            self._successor[self._previous] = k
-        self._previous = k
-
     def _prefetch(self, k: int) -> None:
         """Send for a block and its successors as far as their bytes are free of those before them."""
         claimed = [slot.place for slot in self._live if slot.users]
-        end = self._end
-        left = self._limit - sum(place.end - place.start for place in claimed) if claimed else self._limit
+        end, left = self._end, self._limit
+        for place in claimed:
+            left -= place.end - place.start
         for _ in self.homes:
             nbytes, slot = self._sizes[k], self._held[k]
-            if slot is None and not is_worth(nbytes, 0, left):
-                return
-            place = behind(end, nbytes, self._limit) if slot is None else slot.place
-            # One that another thread computes with is among those that are claimed.
-            free = nbytes if not claimed or (slot is not None and slot.users) else free_bytes(place, claimed)
-            sent_bytes = 0 if slot is None else slot.sent_bytes
-            if slot is None or sent_bytes < nbytes:
+            if slot is None or slot.sent_bytes < nbytes:
+                if slot is None and not is_worth(nbytes, 0, left):
+                    return
+                place = behind(end, nbytes, self._limit) if slot is None else slot.place
+                # One that another thread computes with is among those that are claimed.
+                free = nbytes if not claimed or (slot is not None and slot.users) else free_bytes(place, claimed)
+                sent_bytes = 0 if slot is None else slot.sent_bytes
                 if free < nbytes and (self._by_reader[k] or not is_worth(nbytes, sent_bytes, free)):
                     return
                 slot = slot or self._slot_at(k, place)
                 under = self._under(slot, free)
                 if self._reader is None or all(other.request is None or other.request.issued.is_set() for other in under):
                     self._send(slot, free, under)
-            if free < nbytes:
-                return
-            if slot is None or not slot.users:
-                claimed.append(place)
+                if free < nbytes:
+                    return
+            if not slot.users:
+                claimed.append(slot.place)
                 left -= nbytes
-            end, k = place.end, self._successor[k]
+            end, k = slot.place.end, self._successor[k]
 
-    def _under(self, slot: _Slot, upto_bytes: int) -> list[_Slot]:
+    def _under(self, slot: Slot, upto_bytes: int) -> list[Slot]:
         """The slots that the next bytes of one put an end to; nobody computes with them."""
         place, sent_bytes = slot.place, slot.sent_bytes
         return [
             other for other in self._live if place.overwrites(other.place, sent_bytes, upto_bytes) and other is not slot and not other.users
         ]
 
-    def _drop(self, slot: _Slot) -> None:
+    def _drop(self, slot: Slot) -> None:
         if self._held[slot.k] is slot:
             self._held[slot.k] = None
             self._live.remove(slot)
 
-    def _send(self, slot: _Slot, upto_bytes: int, under: Sequence[_Slot]) -> _Request:
+    def _send(self, slot: Slot, upto_bytes: int, under: Sequence[Slot]) -> Request:
         """Have a slot filled so far, over what lies under these bytes; what comes from RAM may come in parts."""
         k, sent_bytes = slot.k, slot.sent_bytes
         home, reader = self._staged[k], self._reader if self._by_reader[k] else None
@@ -347,7 +321,7 @@ class Streamer:
             self._drop(other)
         request = slot.request
         if request is None:
-            request = slot.request = _Request(_AT_ONCE if reader is None else threading.Event())
+            request = slot.request = COPIED if reader is None else Request(threading.Event())
             self._held[k] = slot
             self._live.append(slot)
             self.streamed_bytes += home.slab.nbytes
@@ -361,6 +335,7 @@ class Streamer:
                 else:
                     self.device.copy(slot.target, home.host, after, slot.ready)
             except BaseException as error:  # noqa: BLE001 -- raised when the block is called
+                request = slot.request = Request(AT_ONCE)
                 request.error = error
         return request
 
@@ -368,7 +343,7 @@ class Streamer:
         """Whether bringing a block takes a thread's time: it is read, or copied from memory that no copy engine can read by itself."""
         return home.host is None or (home.tier is Tier.RAM and self.device.pageable_holds)
 
-    def _read(self, home: Home, slot: _Slot, request: _Request, after: Sequence[Any]) -> None:
+    def _read(self, home: Home, slot: Slot, request: Request, after: Sequence[Any]) -> None:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.feeder.feed(home, slot.target, after, slot.ready)
@@ -377,24 +352,8 @@ class Streamer:
         finally:
             request.issued.set()
 
-    def _await_issue(self, request: _Request | None) -> None:
+    def _await_issue(self, request: Request | None) -> None:
         if request is not None and not request.issued.is_set():
             started = time.perf_counter()
             request.issued.wait()
             self.stall_s += time.perf_counter() - started
-
-
-def _places_of(home: Home) -> tuple[tuple[dict[str, Any], str, int], ...]:
-    """Where the weights of a block are held, each with its number: what ``Slab.install`` walks through, flat: it is done twice a block."""
-    weights = enumerate(home.slab.unit.weights)
-    return tuple((owner.module._parameters, owner.attribute, number) for number, weight in weights for owner in weight.owners)
-
-
-def _calls_under_way(module: nn.Module | None, ident: int) -> int:
-    """How many calls of a module a thread is inside of."""
-    count, frame = 0, sys._current_frames().get(ident)
-    while frame is not None:
-        # What torch's Module has as __call__; every call goes through it, compiled or not.
-        count += frame.f_code.co_name == "_wrapped_call_impl" and frame.f_locals.get("self") is module
-        frame = frame.f_back
-    return count
