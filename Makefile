@@ -1,6 +1,7 @@
 # Each target sets up what it needs, once, in .venv inside the checkout; any order, no other preparation.
 #   make demo    two models under a third of their memory, with tables and pictures in demo/
 #   make test    the tests
+#   make test-comfyui   the node pack in the real host: COMFYUI_PATH names a checkout, COMFYUI_PYTHON its interpreter (docs/comfyui.md)
 #   make lint    style, types and import contracts
 #   make clean   removes .venv, caches and the demo's output
 # PYTHON=python3.12 chooses the interpreter (3.10 or newer); SYSTEM_PACKAGES=1 uses its torch instead of installing one.
@@ -12,7 +13,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-comfyui lint clean
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -20,6 +21,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+test-comfyui: $(STAMP)
+	@test -n "$(COMFYUI_PATH)" || { echo "COMFYUI_PATH is not set: give a checkout of ComfyUI (docs/comfyui.md)" >&2; exit 2; }
+	@$(PY) -m pytest tests/comfyui
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

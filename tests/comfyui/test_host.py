@@ -1,0 +1,216 @@
+"""The pack in the real ComfyUI, on the CPU: nodes, events, and pictures that are the same with and without it.
+
+Needs a checkout of the host, COMFYUI_PATH, and an interpreter with its requirements, COMFYUI_PYTHON; docs/comfyui.md tells how.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import host_server
+import pytest
+
+pytestmark = pytest.mark.comfyui
+
+_NODES = {"OverflowMLOptimize", "OverflowMLPlanPreview", "OverflowMLBudgetCheck", "OverflowMLMemoryGuard", "OverflowMLCalibrate"}
+_FILE = "tiny_flux.safetensors"
+
+
+def _checkout():
+    return Path(os.environ["COMFYUI_PATH"])
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    running = host_server.start(_checkout(), tmp_path_factory.mktemp("host") / "base")
+    yield running
+    running.stop()
+
+
+def _graph(optimize=None, seed=1, name="plain", size=128):
+    graph = {
+        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": _FILE, "weight_dtype": "default"}},
+        "3": {"class_type": "SeededConditioning", "inputs": {"seed": 5}},
+        "4": {"class_type": "EmptySD3LatentImage", "inputs": {"width": size, "height": size, "batch_size": 1}},
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["1", 0],
+                "positive": ["3", 0],
+                "negative": ["3", 0],
+                "latent_image": ["4", 0],
+                "seed": seed,
+                "steps": 3,
+                "cfg": 1.0,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+                "denoise": 1.0,
+            },
+        },
+        "6": {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": name}},
+    }
+    if optimize is not None:
+        sizes = {"width": size, "height": size, "frames": 0, "batch": 1, "steps": 3}
+        graph["2"] = {"class_type": "OverflowMLOptimize", "inputs": {"model": ["1", 0], "budget": "", "reserve": "", **sizes, **optimize}}
+        graph["5"]["inputs"]["model"] = ["2", 0]
+    return graph
+
+
+def _latent(host, ended):
+    from safetensors.torch import load_file
+
+    assert ended["status"]["status_str"] == "success", ended["status"]
+    return load_file(host.base / "output" / ended["outputs"]["6"]["latents"][0]["filename"])["latent_tensor"]
+
+
+def _error(ended):
+    assert ended["status"]["status_str"] == "error"
+    return next(values for event, values in ended["status"]["messages"] if event == "execution_error")["exception_message"].strip()
+
+
+def test_the_host_shows_every_node_and_starts_without_a_warning_of_ours(host):
+    info = host.get("/object_info")
+
+    assert set(info) >= _NODES
+    assert {info[name]["category"] for name in _NODES} == {"OverflowML"}
+    assert [line for line in host.log.splitlines() if "verflow" in line and ("WARN" in line or "ERROR" in line or "FAILED" in line)] == []
+
+
+def test_latents_are_the_same_bit_for_bit_and_the_step_is_measured(host):
+    import torch
+
+    plain = _latent(host, host.run(_graph()))
+    ended = host.run(_graph({"budget": "12MB", "latent": ["4", 0]}, name="optimized"))
+
+    assert torch.equal(plain, _latent(host, ended))
+    shown = ended["outputs"]["2"]["overflowml"][0]
+    assert shown["parts"][0]["plan_fingerprint"]
+    kept = (host.base / "cache" / "comfyui" / "measurements.json").read_text()
+    assert shown["parts"][0]["key"] in kept
+
+
+def test_a_cached_graph_runs_within_50_ms_more_and_measures_again(host):
+    import time
+
+    graph = _graph({"budget": "12MB"}, name="cached", size=64)
+    host.run(graph)
+    began_s = time.monotonic()
+    host.run(graph)
+    took_s = time.monotonic() - began_s
+    kept = host.base / "cache" / "comfyui" / "measurements.json"
+    before_ns = kept.stat().st_mtime_ns
+    host.run(_graph({"budget": "12MB"}, seed=2, name="cached", size=64))  # the node is cached, the sampler is not
+
+    assert took_s < 0.05 + 0.1  # two requests over HTTP, and the pause between two looks at the history
+    assert kept.stat().st_mtime_ns > before_ns
+
+
+def test_a_second_run_shows_what_the_first_one_measured(host):
+    graph = _graph({"budget": "13MB"}, name="twice", size=96)
+    first = host.run(graph)["outputs"]["2"]["overflowml"][0]["parts"][0]
+    graph["2"]["inputs"]["budget"] = "14MB"
+    second = host.run(graph)["outputs"]["2"]["overflowml"][0]["parts"][0]
+
+    assert first["measured_step_s"] is None
+    assert second["measured_step_s"] > 0
+
+
+def test_the_budget_check_stops_the_graph_with_the_plans_own_words(host):
+    graph = {
+        "1": {
+            "class_type": "OverflowMLPlanPreview",
+            "inputs": {
+                "file": f"diffusion_models/{_FILE}",
+                "budget": "2MB",
+                "reserve": "",
+                "width": 256,
+                "height": 256,
+                "frames": 0,
+                "batch": 1,
+                "steps": 3,
+            },
+        },
+        "2": {"class_type": "OverflowMLBudgetCheck", "inputs": {"value": ["3", 0], "plan": ["1", 0], "budget": ""}},
+        "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+        "6": {"class_type": "SaveLatent", "inputs": {"samples": ["2", 0], "filename_prefix": "checked"}},
+    }
+    message = _error(host.run(graph))
+    graph["1"]["inputs"]["budget"] = "20MB"
+    passed = host.run(graph)
+
+    assert message.startswith(f"{_FILE}: needs at least")
+    assert "give budget='" in message
+    assert passed["status"]["status_str"] == "success"
+
+
+@pytest.mark.parametrize("budget", ["0GB", "much", "12"])
+def test_a_bad_budget_is_one_sentence_and_the_next_graph_runs(host, budget):
+    message = _error(host.run(_graph({"budget": budget})))
+
+    assert message.startswith(f"budget='{budget}'")
+    assert len(message.splitlines()) == 1
+    assert host.run(_graph())["status"]["status_str"] == "success"
+
+
+def test_the_memory_guard_frees_and_hands_on(host):
+    import torch
+
+    graph = _graph(name="guarded")
+    plain = _latent(host, host.run(graph))
+    graph["7"] = {"class_type": "OverflowMLMemoryGuard", "inputs": {"value": ["4", 0], "free": "1MB"}}
+    graph["5"]["inputs"]["latent_image"] = ["7", 0]
+
+    assert torch.equal(plain, _latent(host, host.run(graph)))
+
+
+def test_the_page_is_told_the_verdict_of_a_queued_graph_and_what_was_measured(host):
+    script = Path(__file__).parent / "listen.py"
+    done = subprocess.run(
+        [host_server.interpreter(), str(script), f"127.0.0.1:{host.port}"],
+        input=json.dumps(_graph({"budget": "15MB"}, name="told")),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=host_server.environment(host.base),
+        check=True,
+    )
+    heard = [json.loads(line) for line in done.stdout.splitlines()]
+    verdict = next(one["data"] for one in heard if one["type"] == "overflowml.verdict")
+    measured = next(one["data"] for one in heard if one["type"] == "overflowml.measured")
+
+    assert verdict["parts"][0]["name"] == _FILE
+    assert verdict["parts"][0]["budget_bytes"] == 15 * 10**6
+    assert measured["node"] == "2"
+    assert measured["parts"][0]["measured_step_s"] > 0
+    types = [one["type"] for one in heard]
+    assert types.index("overflowml.verdict") < types.index("overflowml.measured")
+
+
+def test_the_reserve_reaches_the_hosts_load_and_is_taken_back(tmp_path):
+    base = tmp_path / "base"
+    models = base / "models" / "diffusion_models"
+    host_server.run_script(_checkout(), base, Path(__file__).parent / "make_models.py", str(models))
+    printed = host_server.run_script(_checkout(), base, Path(__file__).parent / "check_reserve.py", str(models / _FILE))
+
+    assert "reserve raised, restored, restored after an error; plan is the bare module's" in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares an environment with torch")
+def test_without_the_package_the_host_starts_and_says_what_to_install(tmp_path):
+    probe = "import importlib.util as u; print(u.find_spec('overflowml_comfyui'))"
+    clean = host_server.environment(tmp_path, with_package=False)
+    found = subprocess.run([host_server.interpreter(), "-c", probe], env=clean, cwd=tmp_path, capture_output=True, text=True, check=True)
+    if found.stdout.strip() != "None":
+        pytest.skip("overflowml is installed in the host's interpreter; use one without it (COMFYUI_PYTHON)")
+    running = host_server.start(_checkout(), tmp_path / "base", with_package=False)
+    try:
+        lines = [line for line in running.log.splitlines() if "OverflowML" in line and "pip install" in line]
+        assert len(lines) == 1
+        assert not _NODES & set(running.get("/object_info"))
+        assert running.run(_graph())["status"]["status_str"] == "success"
+    finally:
+        running.stop()
