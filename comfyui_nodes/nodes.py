@@ -179,7 +179,7 @@ class Calibrate(io.ComfyNode):
         return schema(
             node_id="OverflowMLCalibrate",
             display_name="OverflowML Calibrate",
-            description="Measures how fast this machine computes, copies and reads, and keeps it. Once is enough until hardware or drivers change.",
+            description="Measures how fast this machine computes, copies and reads, and keeps it.",
             search_aliases=["overflowml", "benchmark", "bandwidth"],
             is_output_node=True,
             inputs=[io.Boolean.Input("quick", default=True, tooltip="Fewer and smaller measurements: seconds instead of a minute or two.")],

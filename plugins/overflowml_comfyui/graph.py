@@ -85,7 +85,7 @@ def _upstream(nodes: Mapping[str, Mapping[str, object]], start: str, keys: tuple
 
 
 def _sizes(nodes: Mapping[str, Mapping[str, object]], sampler: str) -> dict[str, object]:
-    """Pixels, frames, batch and steps of a sampler: from the nearest node above its latent that has them, and its own or its scheduler's."""
+    """Pixels, frames, batch and steps of a sampler: from the nearest node above its latent that has them, or its scheduler's."""
     found: dict[str, object] = {}
     inputs = nodes[sampler]["inputs"]
     assert isinstance(inputs, Mapping)

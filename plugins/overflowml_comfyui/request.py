@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from overflowml_core.errors import BadLimits
+from overflowml_core.errors import BadLimits, BadSize
 from overflowml_core.facts import Limits, Workload
 from overflowml_core.units import parse_bytes
 
@@ -35,7 +35,7 @@ class Request:
 
 
 def request_of(fields: Mapping[str, object]) -> Request:
-    """Read a node's fields: ``budget``, ``reserve`` ("12GB", or empty), ``width``, ``height``, ``frames``, ``batch``, ``steps`` (0 is open).
+    """Read a node's fields: ``budget``, ``reserve`` ("12GB", or empty), ``width``, ``height``, ``frames``, ``batch``, ``steps`` (0: open).
 
     Raises:
         BadSize: a size cannot be read.
@@ -44,7 +44,7 @@ def request_of(fields: Mapping[str, object]) -> Request:
     budget, reserve = (_size(fields.get(name), name) for name in ("budget", "reserve"))
     counts = {name: _count(fields.get(name), name) for name in ("width", "height", "frames", "batch", "steps")}
     batch = counts.pop("batch") or 1
-    request = Request(Workload(batch=batch, **counts), budget, reserve)  # type: ignore[arg-type]
+    request = Request(Workload(batch=batch, **counts), budget, reserve)
     request.limits  # noqa: B018 -- refuses fields that contradict each other before anybody plans with them
     return request
 
@@ -52,7 +52,9 @@ def request_of(fields: Mapping[str, object]) -> Request:
 def _size(value: object, name: str) -> int | None:
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    return parse_bytes(value.strip() if isinstance(value, str) else value, name)  # type: ignore[arg-type, unused-ignore]
+    if not isinstance(value, (int, str)):
+        raise BadSize(name, value)
+    return parse_bytes(value.strip() if isinstance(value, str) else value, name)
 
 
 def _count(value: object, name: str) -> int | None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import host_server
 import pytest
+from graphs import FILE, previewed, sampled
 
 pytestmark = pytest.mark.comfyui
 
 _NODES = {"OverflowMLOptimize", "OverflowMLPlanPreview", "OverflowMLBudgetCheck", "OverflowMLMemoryGuard", "OverflowMLCalibrate"}
-_FILE = "tiny_flux.safetensors"
 
 
 def _checkout():
@@ -29,35 +30,6 @@ def host(tmp_path_factory):
     running = host_server.start(_checkout(), tmp_path_factory.mktemp("host") / "base")
     yield running
     running.stop()
-
-
-def _graph(optimize=None, seed=1, name="plain", size=128):
-    graph = {
-        "1": {"class_type": "UNETLoader", "inputs": {"unet_name": _FILE, "weight_dtype": "default"}},
-        "3": {"class_type": "SeededConditioning", "inputs": {"seed": 5}},
-        "4": {"class_type": "EmptySD3LatentImage", "inputs": {"width": size, "height": size, "batch_size": 1}},
-        "5": {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": ["1", 0],
-                "positive": ["3", 0],
-                "negative": ["3", 0],
-                "latent_image": ["4", 0],
-                "seed": seed,
-                "steps": 3,
-                "cfg": 1.0,
-                "sampler_name": "euler",
-                "scheduler": "simple",
-                "denoise": 1.0,
-            },
-        },
-        "6": {"class_type": "SaveLatent", "inputs": {"samples": ["5", 0], "filename_prefix": name}},
-    }
-    if optimize is not None:
-        sizes = {"width": size, "height": size, "frames": 0, "batch": 1, "steps": 3}
-        graph["2"] = {"class_type": "OverflowMLOptimize", "inputs": {"model": ["1", 0], "budget": "", "reserve": "", **sizes, **optimize}}
-        graph["5"]["inputs"]["model"] = ["2", 0]
-    return graph
 
 
 def _latent(host, ended):
@@ -83,8 +55,8 @@ def test_the_host_shows_every_node_and_starts_without_a_warning_of_ours(host):
 def test_latents_are_the_same_bit_for_bit_and_the_step_is_measured(host):
     import torch
 
-    plain = _latent(host, host.run(_graph()))
-    ended = host.run(_graph({"budget": "12MB", "latent": ["4", 0]}, name="optimized"))
+    plain = _latent(host, host.run(sampled()))
+    ended = host.run(sampled({"budget": "12MB", "latent": ["4", 0]}, name="optimized"))
 
     assert torch.equal(plain, _latent(host, ended))
     shown = ended["outputs"]["2"]["overflowml"][0]
@@ -96,21 +68,21 @@ def test_latents_are_the_same_bit_for_bit_and_the_step_is_measured(host):
 def test_a_cached_graph_runs_within_50_ms_more_and_measures_again(host):
     import time
 
-    graph = _graph({"budget": "12MB"}, name="cached", size=64)
+    graph = sampled({"budget": "12MB"}, name="cached", size=64)
     host.run(graph)
     began_s = time.monotonic()
     host.run(graph)
     took_s = time.monotonic() - began_s
     kept = host.base / "cache" / "comfyui" / "measurements.json"
     before_ns = kept.stat().st_mtime_ns
-    host.run(_graph({"budget": "12MB"}, seed=2, name="cached", size=64))  # the node is cached, the sampler is not
+    host.run(sampled({"budget": "12MB"}, seed=2, name="cached", size=64))  # the node is cached, the sampler is not
 
     assert took_s < 0.05 + 0.1  # two requests over HTTP, and the pause between two looks at the history
     assert kept.stat().st_mtime_ns > before_ns
 
 
 def test_a_second_run_shows_what_the_first_one_measured(host):
-    graph = _graph({"budget": "13MB"}, name="twice", size=96)
+    graph = sampled({"budget": "13MB"}, name="twice", size=96)
     first = host.run(graph)["outputs"]["2"]["overflowml"][0]["parts"][0]
     graph["2"]["inputs"]["budget"] = "14MB"
     second = host.run(graph)["outputs"]["2"]["overflowml"][0]["parts"][0]
@@ -121,19 +93,7 @@ def test_a_second_run_shows_what_the_first_one_measured(host):
 
 def test_the_budget_check_stops_the_graph_with_the_plans_own_words(host):
     graph = {
-        "1": {
-            "class_type": "OverflowMLPlanPreview",
-            "inputs": {
-                "file": f"diffusion_models/{_FILE}",
-                "budget": "2MB",
-                "reserve": "",
-                "width": 256,
-                "height": 256,
-                "frames": 0,
-                "batch": 1,
-                "steps": 3,
-            },
-        },
+        "1": previewed("2MB"),
         "2": {"class_type": "OverflowMLBudgetCheck", "inputs": {"value": ["3", 0], "plan": ["1", 0], "budget": ""}},
         "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
         "6": {"class_type": "SaveLatent", "inputs": {"samples": ["2", 0], "filename_prefix": "checked"}},
@@ -142,24 +102,24 @@ def test_the_budget_check_stops_the_graph_with_the_plans_own_words(host):
     graph["1"]["inputs"]["budget"] = "20MB"
     passed = host.run(graph)
 
-    assert message.startswith(f"{_FILE}: needs at least")
+    assert message.startswith(f"{FILE}: needs at least")
     assert "give budget='" in message
     assert passed["status"]["status_str"] == "success"
 
 
 @pytest.mark.parametrize("budget", ["0GB", "much", "12"])
 def test_a_bad_budget_is_one_sentence_and_the_next_graph_runs(host, budget):
-    message = _error(host.run(_graph({"budget": budget})))
+    message = _error(host.run(sampled({"budget": budget})))
 
     assert message.startswith(f"budget='{budget}'")
     assert len(message.splitlines()) == 1
-    assert host.run(_graph())["status"]["status_str"] == "success"
+    assert host.run(sampled())["status"]["status_str"] == "success"
 
 
 def test_the_memory_guard_frees_and_hands_on(host):
     import torch
 
-    graph = _graph(name="guarded")
+    graph = sampled(name="guarded")
     plain = _latent(host, host.run(graph))
     graph["7"] = {"class_type": "OverflowMLMemoryGuard", "inputs": {"value": ["4", 0], "free": "1MB"}}
     graph["5"]["inputs"]["latent_image"] = ["7", 0]
@@ -171,7 +131,7 @@ def test_the_page_is_told_the_verdict_of_a_queued_graph_and_what_was_measured(ho
     script = Path(__file__).parent / "listen.py"
     done = subprocess.run(
         [host_server.interpreter(), str(script), f"127.0.0.1:{host.port}"],
-        input=json.dumps(_graph({"budget": "15MB"}, name="told")),
+        input=json.dumps(sampled({"budget": "15MB"}, name="told")),
         capture_output=True,
         text=True,
         timeout=120,
@@ -182,7 +142,7 @@ def test_the_page_is_told_the_verdict_of_a_queued_graph_and_what_was_measured(ho
     verdict = next(one["data"] for one in heard if one["type"] == "overflowml.verdict")
     measured = next(one["data"] for one in heard if one["type"] == "overflowml.measured")
 
-    assert verdict["parts"][0]["name"] == _FILE
+    assert verdict["parts"][0]["name"] == FILE
     assert verdict["parts"][0]["budget_bytes"] == 15 * 10**6
     assert measured["node"] == "2"
     assert measured["parts"][0]["measured_step_s"] > 0
@@ -194,7 +154,7 @@ def test_the_reserve_reaches_the_hosts_load_and_is_taken_back(tmp_path):
     base = tmp_path / "base"
     models = base / "models" / "diffusion_models"
     host_server.run_script(_checkout(), base, Path(__file__).parent / "make_models.py", str(models))
-    printed = host_server.run_script(_checkout(), base, Path(__file__).parent / "check_reserve.py", str(models / _FILE))
+    printed = host_server.run_script(_checkout(), base, Path(__file__).parent / "check_reserve.py", str(models / FILE))
 
     assert "reserve raised, restored, restored after an error; plan is the bare module's" in printed
 
@@ -211,6 +171,42 @@ def test_without_the_package_the_host_starts_and_says_what_to_install(tmp_path):
         lines = [line for line in running.log.splitlines() if "OverflowML" in line and "pip install" in line]
         assert len(lines) == 1
         assert not _NODES & set(running.get("/object_info"))
-        assert running.run(_graph())["status"]["status_str"] == "success"
+        assert running.run(sampled())["status"]["status_str"] == "success"
     finally:
         running.stop()
+
+
+def test_the_page_draws_the_plan_in_both_canvases(host, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    made = host_server.environment(host.base)
+    probe = [host_server.interpreter(), "-c", "import playwright"]
+    if browser is None or subprocess.run(probe, env=made, capture_output=True, check=False).returncode:
+        pytest.skip("no browser: install chromium, and playwright into the host's interpreter")
+    graph = {**sampled({"budget": "12MB"}, seed=100, name="page"), "8": previewed("11MB")}
+    folder = Path(os.environ.get("OVERFLOWML_PICTURES") or tmp_path)
+    command = [host_server.interpreter(), str(Path(__file__).parent / "page.py"), host.url, browser, str(folder)]
+    done = subprocess.run(command, input=json.dumps(graph), env=made, capture_output=True, text=True, timeout=300, check=False)
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["canvas"] for one in seen] == ["classic", "nodes-2"]
+    for one in seen:
+        assert [fault for fault in one["faults"] if "verflow" in fault] == []
+        assert any("model: fits slower" in text and "measured" in text for text in one["texts"])
+        assert any(f"{FILE}: fits slower" in text for text in one["texts"])
+        assert (folder / f"comfyui-{one['canvas']}.png").stat().st_size > 10_000
+
+
+def test_example_workflows_are_made_of_nodes_and_fields_that_the_host_has(host):
+    info = host.get("/object_info")
+    examples = sorted((host_server.CHECKOUT / "comfyui_nodes" / "example_workflows").glob("*.json"))
+
+    assert len(examples) == 3
+    for example in examples:
+        nodes = json.loads(example.read_text())["nodes"]
+        assert {node["type"] for node in nodes} <= set(info), example.name
+        for node in (node for node in nodes if node["type"] in _NODES):
+            fields = [name for group in info[node["type"]]["input"].values() for name in group]
+            links = {link["name"] for link in node["inputs"]}
+            assert links <= set(fields)
+            assert len(node["widgets_values"]) == len([name for name in fields if name not in links and name != "unique_id"]), node["type"]
