@@ -27,8 +27,12 @@ def _machine(card_bytes=24 * GIB):
 @pytest.fixture(autouse=True)
 def _known_host():
     plugins = session.plugins()
-    if "comfyui" not in plugins.names():
+    is_ours = "comfyui" not in plugins.names()
+    if is_ours:
         plugins.register(overflowml_comfyui, "comfyui")
+    yield
+    if is_ours:
+        plugins.manager.unregister(name="comfyui")
 
 
 @pytest.fixture

@@ -206,7 +206,29 @@ def test_example_workflows_are_made_of_nodes_and_fields_that_the_host_has(host):
         nodes = json.loads(example.read_text())["nodes"]
         assert {node["type"] for node in nodes} <= set(info), example.name
         for node in (node for node in nodes if node["type"] in _NODES):
-            fields = [name for group in info[node["type"]]["input"].values() for name in group]
+            fields = [name for group in ("required", "optional") for name in info[node["type"]]["input"].get(group, {})]
             links = {link["name"] for link in node["inputs"]}
             assert links <= set(fields)
-            assert len(node["widgets_values"]) == len([name for name in fields if name not in links and name != "unique_id"]), node["type"]
+            assert len(node["widgets_values"]) == len(set(fields) - links), node["type"]
+
+
+def test_calibrating_gives_later_plans_measured_rates(host):
+    ended = host.run({"1": {"class_type": "OverflowMLCalibrate", "inputs": {"quick": True}}})
+
+    assert ended["status"]["status_str"] == "success", ended["status"]
+    assert "a second" in ended["outputs"]["1"]["text"][0]
+    assert list((host.base / "cache" / "calibration").glob("*.json"))
+
+
+def test_an_optimized_model_may_be_optimized_again(host):
+    import torch
+
+    plain = _latent(host, host.run(sampled(seed=7)))
+    graph = sampled({"budget": "12MB"}, seed=7, name="again")
+    graph["9"] = {"class_type": "OverflowMLOptimize", "inputs": {**graph["2"]["inputs"], "model": ["2", 0], "budget": "13MB"}}
+    graph["5"]["inputs"]["model"] = ["9", 0]
+    ended = host.run(graph)
+
+    assert torch.equal(plain, _latent(host, ended))
+    parts = [ended["outputs"][node]["overflowml"][0]["parts"][0] for node in ("2", "9")]
+    assert parts[0]["network_fingerprint"] == parts[1]["network_fingerprint"]
