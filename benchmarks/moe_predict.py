@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-from moe_contest import IMPORTS, SCRIPT, Settings, hit_rate
+from moe_contest import IMPORTS, SCRIPT, Settings, counted, hit_rate
 from report import Report
 from stream_model import weight_files
 from stream_system import drop_cache, make_cage
@@ -20,6 +20,9 @@ from stream_worker import SideFailed, Worker
 
 WARM_TOKENS = 24
 """Of another answer before the clock runs: a cache that the plan takes for warm shall be."""
+
+ANSWERS = 3
+"""To the same prompts for each budget: texts differ in how alike their tokens choose, and a prediction knows no text."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class Size:
         strategy: of the plan that ran.
         predicted_s, measured_s: of a token.
         predicted_prefill_s, measured_prefill_s: of the prompt.
-        hit_rate: of the tokens that were measured; None where no experts ran apart.
+        predicted_hit_rate, hit_rate: of the tokens that were measured; None where no experts ran apart.
+        predicted_missed_bytes, fetched_bytes: of a token.
     """
 
     budget_bytes: int
@@ -42,7 +46,10 @@ class Size:
     measured_s: float
     predicted_prefill_s: float | None
     measured_prefill_s: float
+    predicted_hit_rate: float | None
     hit_rate: float | None
+    predicted_missed_bytes: int
+    fetched_bytes: float
 
     @property
     def error(self) -> float:
@@ -125,40 +132,51 @@ def _size(settings: Settings, number: int) -> Size:
         if predicted["token_s"] is None:
             raise SideFailed("its plan predicts no time")
         drop_cache(weight_files(settings.model))
-        worker.ask("answer", **settings.answer_of(300 + number, settings.prompt_tokens, WARM_TOKENS))
-        answer = worker.ask("answer", **settings.answer_of(200 + number, settings.prompt_tokens, settings.new_tokens))
-        return _sized(settings, predicted, answer)
+        worker.ask("answer", **settings.answer_of(300, settings.prompt_tokens, WARM_TOKENS))
+        answers = [
+            worker.ask("answer", **settings.answer_of(200 + text, settings.prompt_tokens, settings.new_tokens)) for text in range(ANSWERS)
+        ]
+        return _sized(settings, predicted, answers)
     finally:
         worker.close()
         if cage is not None:
             cage.remove()
 
 
-def _sized(settings: Settings, predicted: dict[str, Any], answer: dict[str, Any]) -> Size:
+def _sized(settings: Settings, predicted: dict[str, Any], answers: list[dict[str, Any]]) -> Size:
+    told = [(answer["told_before"], answer["told"]) for answer in answers]
+    seconds = [one for answer in answers for one in answer["seconds"]]
     return Size(
         budget_bytes=settings.budget_bytes,
-        cache_bytes=answer["told"]["expert_cache_bytes"],
-        strategy=answer["told"]["strategy"],
+        cache_bytes=answers[0]["told"]["expert_cache_bytes"],
+        strategy=answers[0]["told"]["strategy"],
         predicted_s=predicted["token_s"],
-        measured_s=statistics.fmean(answer["seconds"]),
+        measured_s=statistics.fmean(seconds),
         predicted_prefill_s=predicted["passes"].get("prefill"),
-        measured_prefill_s=answer["prefill_s"],
-        hit_rate=hit_rate([(answer["told_before"], answer["told"])]),
+        measured_prefill_s=statistics.median(answer["prefill_s"] for answer in answers),
+        predicted_hit_rate=predicted["hit_rates"].get("token"),
+        hit_rate=hit_rate(told),
+        predicted_missed_bytes=predicted["missed_bytes"].get("token") or 0,
+        fetched_bytes=counted(told, "fetched_bytes") / len(seconds),
     )
 
 
 def table(sizes: list[Size]) -> str:
     """The sizes as Markdown."""
     lines = [
-        "| budget | cache of experts | plan | hit rate | token predicted | measured | off by | prefill predicted | measured |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| budget | cache of experts | plan | hit rate predicted | measured | read a token predicted | measured "
+        "| token predicted | measured | off by | prefill predicted | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for size in sizes:
         cells = [
             f"{size.budget_bytes / 1e9:.2f} GB",
             f"{size.cache_bytes / 1e9:.2f} GB",
             size.strategy,
+            "" if size.predicted_hit_rate is None else f"{size.predicted_hit_rate:.3f}",
             "" if size.hit_rate is None else f"{size.hit_rate:.3f}",
+            f"{size.predicted_missed_bytes / 1e6:.0f} MB",
+            f"{size.fetched_bytes / 1e6:.0f} MB",
             f"{size.predicted_s:.3f} s",
             f"{size.measured_s:.3f} s",
             f"{size.error:+.1%}",

@@ -130,6 +130,8 @@ class MoeHost(Host):
             "expert_cache_bytes": sum(phase.expert_cache_bytes for phase in plan.phases),
             "token_s": plan.estimate.token_s,
             "passes": {one.name: one.pass_s for phase in plan.phases for one in phase.passes},
+            "hit_rates": {one.name: one.expert_hit_rate for phase in plan.phases for one in phase.passes},
+            "missed_bytes": {one.name: one.missed_expert_bytes for phase in plan.phases for one in phase.passes},
         }
 
     def _workload(self, command: dict[str, Any]) -> Any:
