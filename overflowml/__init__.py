@@ -7,28 +7,33 @@ imported before or after. It imports neither of them, and no torch.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
 
 from overflowml._version import __version__
 from overflowml_core import environment as _environment
 from overflowml_core import session as _session
 from overflowml_core.errors import DoesNotFit, OverflowmlError
 from overflowml_core.facts import Limits, Machine, Network, Workload
+from overflowml_core.guard import MemoryGuard
 from overflowml_core.plan import Plan
 
 if TYPE_CHECKING:
+    from overflowml_core.batches import Batch
     from overflowml_core.protocols import Attachment
 
 __all__ = [
     "DoesNotFit",
     "Limits",
     "Machine",
+    "MemoryGuard",
     "Network",
     "OverflowmlError",
     "Plan",
     "Workload",
     "__version__",
     "attachment",
+    "auto_batch",
     "describe",
     "detect",
     "install",
@@ -39,6 +44,8 @@ __all__ = [
     "release",
     "uninstall",
 ]
+
+_Item = TypeVar("_Item")
 
 
 def install() -> None:
@@ -146,6 +153,40 @@ def optimize_model(
 ) -> Attachment:
     """The same for a torch module or a transformers model; see :func:`optimize_pipeline`."""
     return _session.optimize(model, model_size_gb, Limits.of(overflow), workload)
+
+
+def auto_batch(
+    items: Iterable[_Item],
+    pipe_or_model: object | None = None,
+    batch_size: int | None = None,
+    max_batch_size: int = 64,
+    cleanup_between: bool | MemoryGuard = True,
+    workload: Workload | None = None,
+) -> Iterator[Batch[_Item]]:
+    """Batches of items that fit into memory, in order and each item once.
+
+    The first size is predicted from the plan of a managed pipeline and its profile; elsewhere it is 1. It grows while batches succeed and
+    what they took of the device leaves room, and is halved where memory runs out inside ``with batch:``::
+
+        for batch in overflowml.auto_batch(prompts, pipe):
+            with batch:
+                for index, image in enumerate(pipe(batch).images, batch.first):
+                    image.save(f"{index}.png")
+
+    Args:
+        items: prompts, mostly; no more of them are taken than the next batch needs.
+        pipe_or_model: what will run them.
+        batch_size: items of the first batch and at most of any, in place of a prediction.
+        max_batch_size: items of any batch, at most.
+        cleanup_between: clean between batches where memory is crowded; a :class:`MemoryGuard` does it by its own threshold.
+        workload: what each item is, such as the size of an image; that of the plan by default. ``batch`` in it does not count.
+
+    Raises:
+        BadLimits: the items are a single text, or a size is no whole number from 1.
+    """
+    from overflowml_core.batches import auto_batch as cut
+
+    return cut(items, pipe_or_model, batch_size, max_batch_size, cleanup_between, workload)
 
 
 def attachment(target: object) -> Attachment | None:

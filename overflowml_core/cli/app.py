@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
-from overflowml_core.cli import activate, cache, calibrate, can_run, demonstration, detect, doctor, ending, explain, plan, report, tune
+from overflowml_core.cli import (
+    activate,
+    cache,
+    calibrate,
+    can_run,
+    demonstration,
+    detect,
+    doctor,
+    ending,
+    explain,
+    pictures,
+    plan,
+    report,
+    tune,
+)
 
 
 def _markup() -> str | None:
@@ -49,6 +63,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "detect": (detect.detect, "Show this machine as plans see it."),
     "calibrate": (calibrate.calibrate, "Measure this machine's rates."),
     "tune": (tune.tune, "Run a model under several plans and keep the fastest."),
+    "run": (pictures.pictures, "Make a picture for each prompt of a file."),
     "report": (report.report, "Show what was counted of routed experts while models ran."),
     "doctor": (doctor.doctor, "Examine this environment."),
     "cache": (cache.cache, "List packed weights that are kept, or remove them."),
