@@ -161,11 +161,10 @@ def auto_batch(
     batch_size: int | None = None,
     max_batch_size: int = 64,
     cleanup_between: bool | MemoryGuard = True,
-    workload: Workload | None = None,
 ) -> Iterator[Batch[_Item]]:
     """Batches of items that fit into memory, in order and each item once.
 
-    The first size is predicted from the plan of a managed pipeline and its profile; elsewhere it is 1. It grows while batches succeed and
+    The first size is predicted from the plan of a managed pipeline or model; elsewhere it is 1. It grows while batches succeed and
     what they took of the device leaves room, and is halved where memory runs out inside ``with batch:``::
 
         for batch in overflowml.auto_batch(prompts, pipe):
@@ -179,14 +178,13 @@ def auto_batch(
         batch_size: items of the first batch and at most of any, in place of a prediction.
         max_batch_size: items of any batch, at most.
         cleanup_between: clean between batches where memory is crowded; a :class:`MemoryGuard` does it by its own threshold.
-        workload: what each item is, such as the size of an image; that of the plan by default. ``batch`` in it does not count.
 
     Raises:
         BadLimits: the items are a single text, or a size is no whole number from 1.
     """
     from overflowml_core.batches import auto_batch as cut
 
-    return cut(items, pipe_or_model, batch_size, max_batch_size, cleanup_between, workload)
+    return cut(items, pipe_or_model, batch_size, max_batch_size, cleanup_between)
 
 
 def attachment(target: object) -> Attachment | None:

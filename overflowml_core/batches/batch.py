@@ -14,7 +14,6 @@ from overflowml_core.batches.room import most_that_fit
 from overflowml_core.batches.shortage import is_out_of_memory
 from overflowml_core.batches.sizer import BatchSizer
 from overflowml_core.errors import BadLimits
-from overflowml_core.facts import Workload
 from overflowml_core.guard import MemoryGuard
 from overflowml_core.session import attachment
 
@@ -61,7 +60,6 @@ def auto_batch(
     batch_size: int | None = None,
     max_batch_size: int = MOST_ITEMS,
     cleanup_between: bool | MemoryGuard = True,
-    workload: Workload | None = None,
 ) -> Iterator[Batch[_Item]]:
     """See :func:`overflowml.auto_batch`."""
     if isinstance(items, (str, bytes)):
@@ -73,7 +71,7 @@ def auto_batch(
     if batch_size is not None:
         return batches(items, BatchSizer(batch_size, batch_size), None, guard)
     plan_at_work = None if pipe_or_model is None else attachment(pipe_or_model)
-    predicted = None if plan_at_work is None else most_that_fit(pipe_or_model, workload)
+    predicted = None if plan_at_work is None else most_that_fit(plan_at_work.plan)
     if plan_at_work is None or predicted is None:
         return batches(items, BatchSizer(1, max_batch_size), RoomWatch(), guard)
     # A prediction is a ceiling, too: what is beyond it is over the budget, though the device may have room.

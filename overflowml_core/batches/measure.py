@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from typing import Any, Protocol
 
-
 _FILLED = 0.9
 """Share of the room that batches are let grow into; fragments of the allocator and longer prompts take some of the rest."""
 

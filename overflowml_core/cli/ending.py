@@ -29,7 +29,10 @@ INTERRUPTED = 130
 CLOSED_OUTPUT = 141
 """Whoever read our output stopped (``| head -1``): 128 and the number of SIGPIPE. Not 1, which would be an answer."""
 
-EPILOG = "Exit status: 0 done or yes, 1 no, 2 wrong input or unknown, 70 internal fault, 130 interrupted, 141 output closed."
+EPILOG = (
+    "Exit status: 0 done or yes, 1 no, 2 wrong input or unknown, 70 internal fault, 130 interrupted, 141 output closed, "
+    "143 ended by SIGTERM."
+)
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 """Base of what typer raises for wrong options. It comes from click, or from typer's own copy of click, by typer's version."""

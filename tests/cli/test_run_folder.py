@@ -196,6 +196,15 @@ def test_a_folder_of_another_run_is_refused_and_untouched(tmp_path, painter, oth
     assert {one.name: one.read_bytes() for one in tmp_path.iterdir()} == before
 
 
+def test_a_run_that_left_no_picture_may_be_begun_anew_with_something_else(tmp_path, painter):
+    painter.before_draw = lambda: (_ for _ in ()).throw(KeyError("refused"))
+    with pytest.raises(KeyError):
+        go(tmp_path, job())
+    painter.before_draw = lambda: None
+    assert go(tmp_path, job(count=4, seed=5)).seed == 5
+    assert len(pictures(tmp_path)) == 4
+
+
 def test_the_seed_and_batch_that_were_chosen_are_those_of_the_run_that_goes_on(tmp_path, painter):
     first = go(tmp_path, job(seed=None))
     whole = pictures(tmp_path)
@@ -289,6 +298,8 @@ def test_a_folder_that_cannot_be_made_or_written_to(tmp_path, painter, monkeypat
     for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "a\0b"):
         with pytest.raises(BadFolder, match="give a folder that you may write to"):
             go(path, job())
-    monkeypatch.setattr(folder_module.os, "open", lambda *arguments: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")))
+    monkeypatch.setattr(
+        folder_module.os, "open", lambda *arguments: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied"))
+    )
     with pytest.raises(BadFolder, match="Permission denied"):
         go(tmp_path, job())

@@ -107,8 +107,13 @@ class RunFolder:
             if folder._lock is not None:
                 os.close(folder._lock)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no picture is there: whoever began here may begin anew with something else."""
+        return self.header is None or not any(self.picture(index).exists() for index in range(self.header.count))
+
     def begin(self, header: Header) -> None:
-        """Write a new manifest.
+        """Write a new manifest, in the place of one whose run left no picture.
 
         Raises:
             BadFolder: it cannot be written, or a file has the name of a picture.

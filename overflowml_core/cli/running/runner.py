@@ -73,14 +73,15 @@ def run_job(job: Job, folder: RunFolder, tell: Tell) -> Done:
     start_s = time.perf_counter()
     opened: Pipeline | None = None
     header = folder.header
-    if header is None:
+    differences = [] if header is None else _differences(job, header)
+    if differences and not folder.is_empty:
+        raise OtherRun(folder.path, differences)
+    if header is None or differences:
         opened = _opened(job)
         batch = job.batch or opened.best_batch(job.prompts, job.limits)
         seed = secrets.randbelow(_SEEDS) if job.seed is None else job.seed
         header = Header(job.settings.document(), digest_of(job.prompts), len(job.prompts), seed, batch)
         folder.begin(header)
-    else:
-        _check_same(job, header, folder.path)
     seeds = seeds_of(job.prompts, header.seed)
     folder.adopt(seeds)
     found = len(folder.done)
@@ -101,14 +102,12 @@ def _opened(job: Job) -> Pipeline:
     return opened
 
 
-def _check_same(job: Job, header: Header, path: Path) -> None:
+def _differences(job: Job, header: Header) -> list[str]:
     now: dict[str, Any] = {**job.settings.document(), "prompts": digest_of(job.prompts)[:16], "seed": job.seed, "batch": job.batch}
     then: dict[str, Any] = {**header.settings, "prompts": header.prompts_sha256[:16], "seed": header.seed, "batch": header.batch}
     open_now = {name for name in ("seed", "batch") if now[name] is None}
     names = sorted({*now, *then} - open_now)
-    differences = [f"{name} was {_short(then.get(name))}, is {_short(now.get(name))}" for name in names if now.get(name) != then.get(name)]
-    if differences:
-        raise OtherRun(path, differences)
+    return [f"{name} was {_short(then.get(name))}, is {_short(now.get(name))}" for name in names if now.get(name) != then.get(name)]
 
 
 def _short(value: object) -> str:

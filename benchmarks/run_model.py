@@ -45,7 +45,7 @@ def write_pipeline(folder: Path, width: int = 8) -> Path:
             cross_attention_dim=32,
             norm_num_groups=4,
         ),
-        scheduler=df.DDIMScheduler(),
+        scheduler=df.DDIMScheduler(clip_sample=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
