@@ -83,13 +83,12 @@ def measure(folder: Path, given: argparse.Namespace) -> dict[str, object]:
         before = _pictures(out)
         process = _start([*command, str(out)], folder)
         start_s = time.perf_counter()
-        if dice.random() < 0.4:
-            time.sleep(dice.uniform(0, load_s))
-        else:
-            left = max(1, given.kills - len(kills))
-            wanted = len(before) + dice.randint(1, max(1, (given.pictures - len(before)) // left))
-            while len(_pictures(out)) < wanted and process.poll() is None:
-                time.sleep(0.01)
+        left = max(1, given.kills - len(kills))
+        more = dice.randint(1, max(1, (given.pictures - len(before)) // left))
+        while_loading_s = dice.uniform(0, load_s) if dice.random() < 0.4 else float("inf")
+        while process.poll() is None and len(_pictures(out)) < len(before) + more and time.perf_counter() - start_s < while_loading_s:
+            time.sleep(0.01)
+        if while_loading_s == float("inf"):
             time.sleep(dice.uniform(0, 0.5))
         after_s = time.perf_counter() - start_s
         had_ended = process.poll() is not None
