@@ -22,6 +22,7 @@ from overflowml_core.cli.running.folder import LOCK, MANIFEST, BadFolder, OtherR
 from overflowml_core.cli.running.prompts import Prompt
 from overflowml_core.cli.running.runner import Done, Job, run_job
 from overflowml_core.cli.running.settings import Settings
+from overflowml_core.errors import DoesNotFit
 from overflowml_core.facts import Limits
 
 COUNT, BATCH = 5, 2
@@ -172,7 +173,7 @@ def test_a_picture_that_never_fits_is_an_error_and_the_others_stay(tmp_path, pai
     go(tmp_path, job())
     (tmp_path / "00004.png").unlink()
     painter.room = 0
-    with pytest.raises(MemoryError, match="no room"):
+    with pytest.raises(DoesNotFit, match=r"picture 4: .* \(no room\); give a smaller"):
         go(tmp_path, job())
     assert len(pictures(tmp_path)) == COUNT - 1
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overflowml_core.batches import BatchSizer
+from overflowml_core.batches import BatchSizer, is_out_of_memory
 from overflowml_core.batches.batch import batches
 from overflowml_core.cli.running.folder import Header, OtherRun, RunFolder
 from overflowml_core.cli.running.pipeline import Pipeline, in_batches, open_pipeline
 from overflowml_core.cli.running.prompts import Prompt, digest_of
 from overflowml_core.cli.running.settings import Settings
+from overflowml_core.errors import DoesNotFit
 from overflowml_core.facts import Limits
 from overflowml_core.guard import MemoryGuard
 
@@ -126,8 +127,17 @@ def _draw_all(job: Job, opened: Pipeline, folder: RunFolder, header: Header, tel
         for batch in batches(company, sizer, guard=guard):
             if folder.done.issuperset(batch):
                 continue
-            with batch:
-                images = opened.draw([job.prompts[index] for index in batch], [seeds[index] for index in batch])
-                missing = {index: image for index, image in zip(batch, images, strict=True) if index not in folder.done}
-                folder.keep(missing, {index: seeds[index] for index in missing}, tuple(batch))
+            try:
+                with batch:
+                    images = opened.draw([job.prompts[index] for index in batch], [seeds[index] for index in batch])
+                    missing = {index: image for index, image in zip(batch, images, strict=True) if index not in folder.done}
+                    folder.keep(missing, {index: seeds[index] for index in missing}, tuple(batch))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                line = str(error).strip().partition("\n")[0]
+                raise DoesNotFit(
+                    f"picture {batch[0]}: memory ran out while it was computed alone ({line}); give a smaller --budget, "
+                    "which leaves more of the memory to it, or a smaller size"
+                ) from error
             tell(len(folder.done), header.count)
