@@ -44,7 +44,7 @@ def main() -> None:
     asked.add_argument("--pictures", type=int, default=30)
     asked.add_argument("--batch", default="2")
     asked.add_argument("--steps", type=int, default=30)
-    asked.add_argument("--budget", default="5MB")
+    asked.add_argument("--budget", default="3500KB")
     asked.add_argument("--seed", type=int, default=1, help="of the moments")
     asked.add_argument("--json", type=Path)
     given = asked.parse_args()
