@@ -13,6 +13,7 @@ from overflowml_core.facts import Network
 from overflowml_core.loading import Loading
 from overflowml_core.plan import Estimate, Plan
 from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.events import Events
 from overflowml_core.runtime.homes import FileMaps
 from overflowml_core.runtime.parts import is_plain, parameter_over
 from overflowml_core.runtime.reader import FileReader
@@ -28,6 +29,7 @@ class Direct:
         self.plan = plan
         self.network = network
         self.device = device
+        self.events = Events()
         self._undo: list[Callable[[], None]] = []
 
     def attach(self, modules: Mapping[str, nn.Module], loading: Loading | None) -> Direct:

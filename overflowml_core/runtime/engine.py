@@ -24,6 +24,7 @@ from overflowml_core.plan import Estimate, PhasePlan, Plan
 from overflowml_core.runtime.changes import Changes
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.edits import Edits
+from overflowml_core.runtime.elastic import Elastic
 from overflowml_core.runtime.encode import EncodedWeight, encoded, show_originals
 from overflowml_core.runtime.experts.apart import take_out
 from overflowml_core.runtime.experts.side import ExpertSide
@@ -83,6 +84,8 @@ class Engine:
         self._switch = threading.RLock()
         edits = Edits(self._reader, self._maps, self._packed_store)
         self._changes = Changes(edits, plan.budget.device_bytes, self._deactivate, self._shrink, self._switch)
+        self._elastic = Elastic(device, plan.budget.device_bytes, self._shrink, self._activate, self._switch)
+        self.events = self._elastic.events
         self._detached = False
         self._counted: ExpertReport | None = None
         self.measured_pass_s: float | None = None
@@ -161,6 +164,8 @@ class Engine:
             self._hooks += hook_phase(phase, own, structures, self._activate, takes_turns=len(self.plan.phases) > 1)
             for name, module in own.items():
                 self._undo += [without_gradient(module, partial(self._prepare, phase)), guard_parts(module, name)]
+                if not self.device.on_host:
+                    self._undo.append(self._elastic.follow(phase, module))
 
     def _streamer(self, phase: PhasePlan, homes: Sequence[Home]) -> Streamer:
         spare_bytes = max(self.plan.budget.device_bytes - phase.device_bytes, 0)
@@ -264,7 +269,7 @@ class Engine:
             try:
                 self._go_under(plan)
                 if active is not None:
-                    self._activate(active)
+                    self._activate(active, strictly=True)
             except BaseException:
                 try:
                     self._go_under(former)
@@ -304,14 +309,14 @@ class Engine:
         if not phase.is_present:
             self._activate(phase)
 
-    def _activate(self, phase: Phase) -> None:
-        """Make a phase the one on the device. Whatever fails, no phase is half there."""
+    def _activate(self, phase: Phase, strictly: bool = False) -> None:
+        """Make a phase the one on the device, ``strictly`` as it is planned. Whatever fails, no phase is half there."""
         with self._switch, torch.inference_mode(False), torch.no_grad():
             if self._active is phase:
                 return
             self._deactivate()
             self._changes.look(phase)
-            phase.enter()
+            phase.enter() if strictly else self._elastic.enter(phase)
             self._active = phase
 
     def _deactivate(self) -> None:

@@ -148,6 +148,10 @@ class Phase:
                 self._buffers.append((moved[id(buffer)], buffer))
             owner.module._buffers[owner.attribute] = moved[id(buffer)]
 
+    def moved_buffers(self) -> list[torch.Tensor]:
+        """The buffers as they are on the device; none where the phase is not there."""
+        return [moved for moved, _ in self._buffers]
+
     def _take_buffers_home(self) -> None:
         originals = {id(moved): original for moved, original in self._buffers}
         for moved, original in self._buffers:
