@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from overflowml_core.runtime.phase import buffers_of
 
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, torch.dtype, torch.device, torch.layout)
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, torch.dtype, torch.device, torch.layout, type)
+_PLAIN = frozenset(_ATOMS) - {enum.Enum, type}
 _MOST_VALUES = 10_000
 _HEAP_TYPE = 1 << 9
 """Flag of classes that Python code made (Include/object.h): their instances keep nothing outside their attributes."""
@@ -52,7 +54,7 @@ class CallState:
     def _take(self, stack: list[Any]) -> None:
         while stack and not self.obstacle:
             value = stack.pop()
-            if isinstance(value, _ATOMS) or id(value) in self._seen:
+            if type(value) in _PLAIN or id(value) in self._seen or isinstance(value, _ATOMS):
                 continue
             self._seen.add(id(value))
             self._kept.append(value)  # or another one could come to have its id
@@ -132,9 +134,10 @@ class CallState:
         return ""
 
 
+@functools.cache
 def _is_transparent(kind: type) -> bool:
     """Whether all that an object keeps are its attributes."""
-    if issubclass(kind, (type, nn.Module)):
+    if issubclass(kind, nn.Module):
         return False
     return all(base is object or (base.__flags__ & _HEAP_TYPE and not vars(base).get("__slots__")) for base in kind.__mro__)
 
