@@ -80,7 +80,7 @@ class CallState:
             entries = dict(value)
             self._restores.append(lambda: (dict.clear(value), dict.update(value, entries)))
             inside += [*entries, *entries.values()]
-        elif not _is_transparent(type(value)):
+        elif not _is_transparent(type(value)):  # type: ignore[arg-type]  # mypy on a metaclass
             self.obstacle = f"it was called with a {type(value).__name__}, which may have changed"
             return []
         attributes = getattr(value, "__dict__", None)
