@@ -32,12 +32,15 @@ class Recorded:
         replays: what stands in front of each method of each component.
         vaes: those of the components that are VAEs.
         scale: how many real calls each recorded one stands for.
+        twin: the pipeline that ran. It has reference cycles: tensors of its scheduler that are freed while variants are traced would lower
+            what those seem to hold.
         failure: why the pipeline could not run; empty where it could.
     """
 
     replays: dict[str, dict[str, Replay]] = field(default_factory=dict)
     vaes: dict[str, TracedVae] = field(default_factory=dict)
     scale: float = 1.0
+    twin: object = None
     failure: str = ""
     _first_of: dict[object, Replay] = field(default_factory=dict)
 
@@ -100,6 +103,7 @@ def _run(tracer: Tracer, pipe: Any, workload: Workload) -> Recorded:
     except CannotCopy as error:
         recorded.failure = str(error)
         return recorded
+    recorded.twin = twin
     for name, module in ordered_modules(twin).items():
         recorded.watch(tracer, name, module)
     failures: list[str] = []
