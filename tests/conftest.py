@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -19,7 +20,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Machines are shared: no test fails because it was slow once. Examples are the same each time, so that a change is judged by what it changes;
+# Machines are shared: no test fails because it was slow once. Examples are the same each time, so that a change is judged by what it does;
 # new ones are looked for on purpose, with --hypothesis-profile=explore.
 settings.register_profile("overflowml", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports and collection made, a million objects, out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

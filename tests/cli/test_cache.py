@@ -70,7 +70,7 @@ def test_as_json(run, filled, monkeypatch):
         ("/models/[red]", "int8:torchao-0.18", 1, 9096, 0),
         (HUB, "float32", 3, 3 * 5096, 0),
     ]
-    assert all(0 < time.time() - k["used_s"] < 1001 for k in document["kept"])
+    assert all(0 < time.time() - k["used_s"] < 10_000 for k in document["kept"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing is locked there")

@@ -82,7 +82,7 @@ def test_of_two_at_the_same_time_one_wins_and_both_are_served(tmp_path):
 
     def build(work: Path) -> None:
         write_model(work)
-        together.wait(timeout=10)
+        together.wait(timeout=60)
 
     def one() -> None:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -168,116 +167,6 @@ def test_failed_load_leaves_no_request_behind(saved: Saved) -> None:
         tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=overflowml.Limits.exactly(device_memory=1, reserve=0))
     assert current() is None
     assert overflowml.attachment(tf.AutoModelForCausalLM.from_pretrained(saved("llama"))) is None
-
-
-# ---- orders of import, each in an interpreter of its own
-
-_REGISTER = """
-import importlib, sys
-from overflowml_core import session
-for name in ("transformers", "diffusers"):
-    if name not in session.plugins().names():
-        session.plugins().register(importlib.import_module("overflowml_" + name), name)
-session.plugins().accelerators = lambda: []
-"""
-"""As the entry points of an installed distribution do at the first call; without one it must come before ``import overflowml``."""
-
-_IS_OURS = """
-def is_ours(function):
-    return "overflowml" in getattr(function, "__func__", function).__code__.co_filename
-
-def places():
-    import transformers, transformers.pipelines, transformers.modeling_utils, diffusers
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    from diffusers.models.modeling_utils import ModelMixin
-    from diffusers.loaders import single_file, single_file_model, single_file_utils
-    base = transformers.modeling_utils.PreTrainedModel
-    return [vars(base)["from_pretrained"], vars(base)["_load_pretrained_model"],
-            transformers.pipeline, transformers.pipelines.pipeline, vars(transformers.pipelines.Pipeline)["__init__"],
-            vars(DiffusionPipeline)["from_pretrained"], vars(ModelMixin)["from_pretrained"], vars(ModelMixin)["_load_pretrained_model"],
-            single_file_utils.load_state_dict, vars(single_file_model.FromOriginalModelMixin)["from_single_file"],
-            single_file_model.load_model_dict_into_meta, single_file_model.dispatch_model,
-            vars(single_file.FromSingleFileMixin)["from_single_file"]]
-"""
-
-
-def _python(script: str, environment: dict[str, str]) -> str:
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def test_importing_us_imports_neither_torch_nor_a_host(import_path: dict[str, str]) -> None:
-    script = _REGISTER + (
-        "import overflowml\n"
-        "overflowml.uninstall(); overflowml.install()\n"
-        "heavy = {'torch', 'transformers', 'diffusers', 'accelerate', 'safetensors', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-        "overflowml.uninstall()\n"
-        "assert not [f for f in sys.meta_path if 'overflowml' in type(f).__module__]\n"
-    )
-    _python(script, import_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "order",
-    [
-        ["import overflowml", "import transformers, diffusers"],
-        ["import transformers, diffusers", "import overflowml"],
-        ["from transformers import AutoModel, pipeline", "from diffusers import FluxPipeline", "import overflowml"],
-        ["import overflowml", "from diffusers import FluxPipeline", "from transformers import AutoModel, pipeline"],
-        ["import diffusers", "import overflowml", "import transformers"],
-    ],
-)
-def test_order_of_imports_does_not_matter(order: list[str], import_path: dict[str, str]) -> None:
-    steps = [_REGISTER + step if step == "import overflowml" else step for step in order]
-    script = (
-        "\n".join(steps)
-        + _IS_OURS
-        + (
-            "assert all(is_ours(f) for f in places()), [is_ours(f) for f in places()]\n"
-            "overflowml.uninstall()\n"
-            "assert not any(is_ours(f) for f in places()), [is_ours(f) for f in places()]\n"
-            "overflowml.install()\n"
-            "assert all(is_ours(f) for f in places()), [is_ours(f) for f in places()]\n"
-        )
-    )
-    _python(script, import_path)
-
-
-@pytest.mark.slow
-def test_host_that_is_imported_after_uninstall_is_untouched(import_path: dict[str, str]) -> None:
-    script = _REGISTER + "import overflowml\noverflowml.uninstall()\n" + _IS_OURS + "assert not any(is_ours(f) for f in places())\n"
-    _python(script, import_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("value", "installed"), [("1", False), ("yes", False), ("0", True), ("", True)])
-def test_disable_by_the_environment(value: str, installed: bool, import_path: dict[str, str]) -> None:
-    script = _REGISTER + "import overflowml\n" + _IS_OURS + f"assert {{is_ours(f) for f in places()}} == {{{installed}}}\n"
-    if not installed:
-        script += "overflowml.install()\nassert all(is_ours(f) for f in places())\n"
-    _python(script, {**import_path, "OVERFLOWML_DISABLE": value})
-
-
-def test_waiting_modules_can_be_looked_at_before_their_import(import_path: dict[str, str]) -> None:
-    """Tools ask a module's spec for its source; our loader must answer as the module's own does."""
-    script = _REGISTER + (
-        "import overflowml, importlib.util, inspect, sys\n"
-        "from overflowml_core.patching import after_import\n"
-        "seen = []\n"
-        "stop = after_import('json.tool', seen.append)\n"
-        "spec = importlib.util.find_spec('json.tool')\n"
-        "assert 'def main' in spec.loader.get_source('json.tool')\n"
-        "assert spec.loader.get_code('json.tool') is not None\n"
-        "import json.tool\n"
-        "assert seen == [json.tool]\n"
-        "assert 'overflowml' not in type(json.tool.__loader__).__module__\n"
-        "assert 'overflowml' not in type(json.tool.__spec__.loader).__module__\n"
-        "assert 'def main' in inspect.getsource(json.tool)\n"
-    )
-    _python(script, import_path)
 
 
 # ---- what we stand on: each of these fails where an upgrade of a host would break us

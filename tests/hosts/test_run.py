@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,15 @@ def test_sizes_and_negative_prompts_of_the_file_are_taken(run, folder, tmp_path)
     assert lines[0]["settings"]["call"] == {"eta": 0.5, "num_inference_steps": 1}
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Shells start what runs in the background with interrupts ignored, and Python leaves it so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_drops_the_batch_under_way_and_the_same_command_goes_on(
     run, folder, prompts, tmp_path, monkeypatch, alone, number, status

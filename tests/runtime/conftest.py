@@ -50,12 +50,11 @@ def vgpu() -> Iterator[Virtual]:
     """A virtual accelerator that starts clean and is checked for hazards at the end. It stays installed in the process."""
     install().synchronize()
     gc.collect()
-    gc.freeze()  # what lives now is mostly torch itself; looking through it again at every collection takes longer than the tests
+    gc.freeze()  # what lives now is mostly torch itself; looking through it again for every test takes longer than the tests
     sim = install(Config(align_bytes=512, hazards="raise"))
     yield Virtual(sim, virtual(), sim.allocated_bytes, sim.pinned_bytes)
     assert sim.hazards == []
     install()
-    gc.unfreeze()
 
 
 @pytest.fixture

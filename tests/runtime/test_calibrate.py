@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -146,16 +145,16 @@ def test_kind_that_a_device_refuses_is_left_out(monkeypatch):
     assert {rate.kind for rate in rates} == {"matmul", "attention"}
 
 
-def test_sizes_grow_until_a_call_is_long_enough():
+def test_sizes_grow_until_a_call_is_long_enough(monkeypatch):
     bench_of_cpu = Bench(machine().cpu, TINY)
-    tried = []
+    tried, now_s = [], [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
 
     def make(flop):
         tried.append(flop)
-        return flop, lambda: time.sleep(flop / 2e10)  # a device of 20 GFLOP/s
+        return flop, lambda: now_s.__setitem__(0, now_s[0] + flop / 2e10)  # a device of 20 GFLOP/s
 
-    wanted = bench_of_cpu._sized(make)
-    assert 0.3 < wanted / (2e10 * TINY.run_s) <= 1.0
+    assert bench_of_cpu._sized(make) == pytest.approx(2e10 * TINY.run_s)
     assert tried == sorted(tried)
 
 
