@@ -164,8 +164,9 @@ def calibrate(
     Args:
         progress: told in words what is being measured.
         quick: fewer and smaller measurements.
-        source: a model whose own operations are measured on random data, so that its times are predicted closely; as for
-            :func:`describe`, but one that is run by its host's code. The machine's own rates are then measured only where none are kept.
+        source: a model whose own operations are measured on random data, so that its times are predicted closely, and whose files show how
+            fast the disk is that it lies on; as for :func:`describe`, but one that is run by its host's code. The machine's own rates are
+            then measured only where none are kept.
         workload: what the model will be asked to do.
         options: as for :func:`describe`.
 
@@ -174,7 +175,7 @@ def calibrate(
     """
     from overflowml_core.inspect.calibration import save_calibration, with_op_seconds
     from overflowml_core.runtime.calibrate import calibrate as measure_machine
-    from overflowml_core.runtime.calibrate import measure_ops
+    from overflowml_core.runtime.calibrate import measure_ops, with_disk_of
     from overflowml_core.runtime.fake import collecting
 
     folder = environment.cache_folder()
@@ -187,5 +188,6 @@ def calibrate(
         if progress is not None:
             progress(f"{len(recipes)} operations of {source if isinstance(source, (str, os.PathLike)) else type(source).__name__}")
         machine = with_op_seconds(machine, measure_ops(recipes, machine.compute.torch_name, _OPERATIONS_S, machine.rates.launch_s))
+        machine = with_disk_of(machine, sources.weight_files(source))
     save_calibration(machine, folder)
     return machine

@@ -70,6 +70,15 @@ def is_loadable(source: str | os.PathLike[str] | float) -> bool:
     return isinstance(source, str) and not _is_size(source)
 
 
+def weight_files(source: object) -> list[Path]:
+    """The files that hold the weights of a source that is a path, the largest first; none of any other."""
+    path = _path(source) if isinstance(source, (str, os.PathLike)) else None
+    if path is None or not _exists(path):
+        return []
+    found = [path] if path.is_file() else [*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]
+    return sorted((file for file in found if file.is_file()), key=lambda file: (-file.stat().st_size, file))
+
+
 def _path(source: str | os.PathLike[str] | float) -> Path | None:
     return Path(os.fspath(source)) if isinstance(source, (str, os.PathLike)) and os.fspath(source) else None
 

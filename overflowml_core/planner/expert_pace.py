@@ -2,7 +2,9 @@
 
 Note [a layer]. When a router has run, all experts that it misses are requested at once. Those that are cached compute meanwhile, the others
 as they arrive: a layer takes what it computes without its experts, and then its missed bytes over the rate at which they come, or the
-computing of its experts, whichever is longer. What the runtime brings in ahead of time, while other parts compute, is not counted on.
+computing of its experts, whichever is longer. Where an expert has few tokens, it computes no longer than its weights take to be read from
+memory; what else a layer takes then, its attention and the calls of all that, hides nothing. What the runtime brings in ahead of time,
+while other parts compute, is not counted on.
 
 Note [processor]. On an accelerator, experts that wait in RAM may be computed where they are while others are copied: the CPU reads them at
 65 % of its memory rate (kernels of experts reach 61 to 75 % of STREAM), and only in passes of no more tokens than 32 times all experts over
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 from overflowml_core.activations import ASSUMED_TOKENS
 from overflowml_core.facts import Experts, Tier, Workload
@@ -40,6 +43,9 @@ _CPU_MEMORY_SHARE = 0.65
 _CPU_MOST_TOKENS = 32
 """Times all experts over those of a token: passes of more tokens copy experts; see note [processor]."""
 
+_FEW_TOKENS = 4
+"""Of each expert that is asked for: with no more its product is bound by the memory that its weights come from."""
+
 _MANY = 10**9
 
 
@@ -53,6 +59,7 @@ class Fetch:
         expert_bytes: of one, as it waits.
         link_s, disk_s: what copies to the device and reads from disk are busy with those that are missed; None where a rate is not known.
         fetch_s: until the last of them is there, or was computed where it waits; None where a rate is not known.
+        read_s: what those that are asked for take to compute where memory is the bound; infinite where it may be more.
     """
 
     experts: Experts
@@ -61,6 +68,7 @@ class Fetch:
     link_s: float | None
     disk_s: float | None
     fetch_s: float | None
+    read_s: float
 
 
 def tokens_of(name: str, workload: Workload) -> int:
@@ -168,7 +176,9 @@ def _fetches(draft: Draft, homes: PhaseHomes, setting: Setting, name: str, compo
         assert tier is not None  # it is apart
         few = tokens * experts.per_token <= _CPU_MOST_TOKENS * experts.count
         link_s, disk_s, fetch_s = _seconds(asked[index].missed, size, tier, setting, few)
-        found[index] = Fetch(experts, asked[index], size, link_s, disk_s, fetch_s)
+        memory_rate = setting.rates.memory_bytes_per_s if tokens * experts.per_token <= _FEW_TOKENS * asked[index].touched else 0.0
+        read_s = asked[index].touched * experts.nbytes / memory_rate if memory_rate > 0 else inf
+        found[index] = Fetch(experts, asked[index], size, link_s, disk_s, fetch_s, read_s)
     return found
 
 
@@ -209,7 +219,7 @@ def _slowed(part: Part, fetches: Mapping[int, Fetch], need: PhaseNeed) -> Part:
         fetch = left.pop(index, None)
         if fetch is None or fetch.fetch_s is None:
             continue
-        experts_s = seconds[place] * _experts_share(part.profile, fetch, need, index)
+        experts_s = min(seconds[place] * _experts_share(part.profile, fetch, need, index), fetch.read_s)
         wait_s = fetch.fetch_s - experts_s - _HIDDEN_SHARE * (seconds[place] - experts_s)
         if wait_s > 0:
             seconds[place] += wait_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ import torch
 from overflowml_core.machine import Accelerator, Machine, Rates
 from overflowml_core.runtime.bench import FULL, QUICK, Bench, Call, Effort, lower_quartile, made_current
 from overflowml_core.runtime.company import Part, time_in_company
-from overflowml_core.runtime.disk_rate import disk_read_rate
+from overflowml_core.runtime.disk_rate import disk_read_rate, files_read_rate
 from overflowml_core.runtime.probe import run_recipe
 from overflowml_core.runtime.probe_works import Recipe, TensorSpec
 
@@ -86,6 +86,22 @@ def _disk_rate(folder: Path, effort: Effort, known: float) -> float:
     except OSError as error:
         _log.warning("%s: disk reads cannot be measured (%s); %.1f GB/s stay assumed", folder, error, known / 1e9)
         return known
+
+
+def with_disk_of(machine: Machine, files: Sequence[Path], quick: bool = False) -> Machine:
+    """The machine with the rate at which the disk reads these files; as it is where they are few or cannot be read."""
+    try:
+        rate = files_read_rate(files, (QUICK if quick else FULL).disk_bytes)
+    except OSError as error:
+        _log.info("reads of the model's own files are not measured: %s", error)
+        return machine
+    accelerators = tuple(replace(one, rates=_with_disk(one.rates, rate)) for one in machine.accelerators)
+    rates, cpu_rates = replace(machine.rates, disk_bytes_per_s=rate), _with_disk(machine.cpu_rates, rate)
+    return replace(machine, accelerators=accelerators, rates=rates, cpu_rates=cpu_rates)
+
+
+def _with_disk(rates: Rates | None, bytes_per_s: float) -> Rates | None:
+    return None if rates is None else replace(rates, disk_bytes_per_s=bytes_per_s)
 
 
 def _rates_of(accelerator: Accelerator, effort: Effort, disk_bytes_per_s: float, known: Rates | None) -> Rates:

@@ -15,11 +15,12 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from overflowml_core.runtime.chunks import CHUNK_BYTES
+from overflowml_core.runtime.pages import private_pages
 from overflowml_core.runtime.reader import IN_FLIGHT
 
 _log = logging.getLogger("overflowml")
@@ -49,7 +50,42 @@ def disk_read_rate(folder: Path, nbytes: int) -> float:
         raise OSError(errno.ENOSPC, f"less than {FREE_SHARE * _LEAST_BYTES} bytes are free", str(folder))
     # Whole pages at an aligned address, as direct reads need them.
     with mmap.mmap(-1, CHUNK_BYTES) as buffer, _file(folder, size, buffer) as descriptor:
-        return statistics.median(_rates(descriptor, size))
+        return statistics.median(_rates([(descriptor, offset) for offset in range(0, size, CHUNK_BYTES)]))
+
+
+def files_read_rate(files: Sequence[Path], nbytes: int) -> float:
+    """Reads of files that are there, from their beginnings, in bytes a second: the median over the parts of what is read.
+
+    A disk may be another than that of the cache folder, and hold old files faster or slower than a new one.
+
+    Args:
+        files: on one disk.
+        nbytes: of them that are read at most.
+
+    Raises:
+        OSError: one cannot be read, or together they are shorter than 64 MiB.
+    """
+    with contextlib.ExitStack() as stack:
+        chunks: list[tuple[int, int]] = []
+        for file in files:
+            count = min(file.stat().st_size, nbytes - len(chunks) * CHUNK_BYTES) // CHUNK_BYTES
+            if count > 0:
+                descriptor = _open(str(file))
+                stack.callback(os.close, descriptor)
+                if not _is_direct(descriptor):
+                    _drop_cache(descriptor)
+                chunks += [(descriptor, number * CHUNK_BYTES) for number in range(count)]
+        if len(chunks) * CHUNK_BYTES < _LEAST_BYTES:
+            raise OSError(errno.EINVAL, f"shorter than {_LEAST_BYTES} bytes", str(files[0]) if files else "no file")
+        return statistics.median(_rates(chunks))
+
+
+def _is_direct(descriptor: int) -> bool:
+    if not _DIRECT:
+        return False
+    import fcntl
+
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & _DIRECT)
 
 
 @contextlib.contextmanager
@@ -109,31 +145,35 @@ def _drop_cache(descriptor: int) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _rates(descriptor: int, size: int) -> list[float]:
-    """Bytes a second of each eighth of the file, by the times at which its chunks were there."""
-    began = time.perf_counter()
-    waiting = deque(range(0, size, CHUNK_BYTES))
+def _rates(chunks: Sequence[tuple[int, int]]) -> list[float]:
+    """Bytes a second of each eighth of chunks of descriptors at offsets, by the times at which they were there."""
     # Windows has no positioned reads: seeks of several threads would cross.
     count = IN_FLIGHT if hasattr(os, "preadv") else 1
-    with ThreadPoolExecutor(count, thread_name_prefix="overflowml-disk") as pool:
-        jobs = [pool.submit(_read_all, descriptor, waiting) for _ in range(count)]
-    done_s = sorted(moment - began for job in jobs for moment in job.result())
+    with contextlib.ExitStack() as stack:
+        # Such memory as weights are read into: reads into small pages, or shared ones, took twice as long.
+        buffers = [stack.enter_context(private_pages(CHUNK_BYTES)) for _ in range(count)]
+        for buffer in buffers:
+            buffer[:: mmap.PAGESIZE] = bytes(len(range(0, CHUNK_BYTES, mmap.PAGESIZE)))  # no page faults while the clock runs
+        waiting = deque(chunks)
+        began = time.perf_counter()
+        with ThreadPoolExecutor(count, thread_name_prefix="overflowml-disk") as pool:
+            jobs = [pool.submit(_read_all, waiting, buffer) for buffer in buffers]
+        done_s = sorted(moment - began for job in jobs for moment in job.result())
     part = max(count, len(done_s) // 8)
     ends_s = [0.0, *done_s[part - 1 :: part]]
     return [part * CHUNK_BYTES / max(end - start, 1e-9) for start, end in itertools.pairwise(ends_s)]
 
 
-def _read_all(descriptor: int, waiting: deque[int]) -> list[float]:
+def _read_all(waiting: deque[tuple[int, int]], buffer: mmap.mmap) -> list[float]:
     """Read chunks until none is left; returns when each was there."""
     done_s: list[float] = []
-    with mmap.mmap(-1, CHUNK_BYTES) as buffer:
-        while waiting:
-            try:
-                offset = waiting.popleft()
-            except IndexError:  # another thread took the last one
-                break
-            _read(descriptor, offset, buffer)
-            done_s.append(time.perf_counter())
+    while waiting:
+        try:
+            descriptor, offset = waiting.popleft()
+        except IndexError:  # another thread took the last one
+            break
+        _read(descriptor, offset, buffer)
+        done_s.append(time.perf_counter())
     return done_s
 
 

@@ -14,8 +14,15 @@ def whole_pages(nbytes: int) -> torch.Tensor:
     Raises:
         MemoryError: the system has no room.
     """
-    if nbytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(private_pages(nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+
+
+def private_pages(nbytes: int) -> mmap.mmap:
+    """The same as memory of Python's own, at least one byte.
+
+    Raises:
+        MemoryError: the system has no room.
+    """
     try:
         # Private: Python's default would be shared memory, which systems count and limit apart from a process's own.
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -26,4 +33,4 @@ def whole_pages(nbytes: int) -> torch.Tensor:
         # Fewer pages to lock for each read and to look up while computing. Kernels without huge pages refuse, which costs nothing.
         with contextlib.suppress(OSError):
             pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
+    return pages

@@ -13,7 +13,7 @@ from overflowml_core.runtime import bench, calibrate, disk_rate
 from overflowml_core.runtime.bench import Bench, Effort, lower_quartile
 from overflowml_core.runtime.bench_code import TinyBlock
 from overflowml_core.runtime.calibrate import measure_ops
-from overflowml_core.runtime.disk_rate import disk_read_rate
+from overflowml_core.runtime.disk_rate import disk_read_rate, files_read_rate
 from overflowml_core.runtime.fake import tracing
 from overflowml_core.runtime.probe_works import Recipe, TensorSpec
 
@@ -130,6 +130,28 @@ def test_file_system_without_direct_reads_is_read_plainly(tmp_path, monkeypatch,
     monkeypatch.setattr(disk_rate.os, "open", refuses_direct)
     assert disk_read_rate(tmp_path, 64 * MIB) > 0
     assert "no direct reads here" in caplog.text
+
+
+def test_files_of_a_model_tell_how_fast_their_disk_is(tmp_path, monkeypatch):
+    for name, size in (("a", 40 * MIB), ("b", 41 * MIB), ("short", MIB)):
+        (tmp_path / name).write_bytes(bytes(size))
+    files, read, real = [tmp_path / name for name in ("a", "b", "short")], [], disk_rate._read
+    monkeypatch.setattr(disk_rate, "_read", lambda descriptor, offset, buffer: (read.append(offset), real(descriptor, offset, buffer)))
+    assert files_read_rate(files, GIB) > 0
+    assert sorted(read) == sorted(2 * [number * 8 * MIB for number in range(5)])
+    before = replace(machine(), cpu_rates=KNOWN)
+    monkeypatch.setattr(calibrate, "files_read_rate", lambda files, nbytes: 7e8)
+    after = calibrate.with_disk_of(before, files)
+    assert (after.rates, after.cpu_rates) == (replace(before.rates, disk_bytes_per_s=7e8), replace(KNOWN, disk_bytes_per_s=7e8))
+    assert {one.rates.disk_bytes_per_s for one in after.accelerators if one.rates is not None} <= {7e8}
+
+
+def test_few_bytes_of_a_model_tell_nothing_of_its_disk(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(MIB))
+    for files in ([], [tmp_path / "a"], [tmp_path / "gone"]):
+        with pytest.raises(OSError):  # noqa: PT011 -- each system has its own words
+            files_read_rate(files, GIB)
+        assert calibrate.with_disk_of(machine(), files) == machine()
 
 
 def test_missing_folder_is_made(tmp_path):
