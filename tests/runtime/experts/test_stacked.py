@@ -227,9 +227,23 @@ def test_a_cache_without_room_for_one_expert_is_refused(model: Any, tmp_path: Pa
 def test_no_memory_for_the_cache_leaves_the_model_as_it_was(model: Any, tmp_path: Path, vgpu: Virtual) -> None:
     before = snapshot(model)
     plan = expert_plan(network_of(model), vgpu.device, 12, Tier.PINNED)
-    vgpu.limit(plan.phases[0].device_bytes - 512)
+    vgpu.limit(plan.phases[0].expert_cache_bytes - 512)
     with pytest.raises(torch.OutOfMemoryError):
         attach(model, vgpu.device, tmp_path, 12, Tier.PINNED)
+    assert snapshot(model) == before
+    assert vgpu.taken_bytes == 0
+
+
+def test_dense_blocks_are_streamed_where_they_and_the_cache_find_no_room(model: Any, tmp_path: Path, vgpu: Virtual) -> None:
+    before, expected = snapshot(model), model(IDS).logits
+    plan = expert_plan(network_of(model), vgpu.device, 12, Tier.PINNED)
+    vgpu.limit(plan.phases[0].device_bytes - 512)
+    engine = attach(model, vgpu.device, tmp_path, 12, Tier.PINNED)
+    assert [event.kind for event in engine.events] == ["demoted"]
+    vgpu.limit(2**40)
+    with torch.no_grad():
+        assert same(model(IDS.to("vgpu")).logits.cpu(), expected)
+    engine.detach()
     assert snapshot(model) == before
     assert vgpu.taken_bytes == 0
 
