@@ -123,7 +123,7 @@ def sweep(vgpu: Virtual, subject: Subject, kind: str, stage: str, folder: Path, 
     for k in range(1, MOST_POINTS, stride):
         gc.collect()
         vgpu.sim.faults = Faults()
-        before = (vgpu.sim.allocated_bytes, vgpu.sim.pinned_bytes, threading.active_count())
+        before = (vgpu.sim.allocated_bytes, vgpu.sim.pinned_bytes, _own_threads())
         if not _attempt(vgpu, subject, Injector(vgpu, kind, k), stage, expected, folder, tally, f"{kind} {k} in {stage}"):
             break
         _settle(vgpu, before, tally, f"{kind} {k} in {stage}")
@@ -184,12 +184,19 @@ def _check(result: torch.Tensor | None, expected: torch.Tensor, tally: Tally, na
         tally.wrong.append(f"{name}: another result")
 
 
-def _settle(vgpu: Virtual, before: tuple[int, int, int], tally: Tally, name: str) -> None:
+def _own_threads() -> frozenset[threading.Thread]:
+    return frozenset(thread for thread in threading.enumerate() if thread.name.startswith("overflowml"))
+
+
+def _settle(vgpu: Virtual, before: tuple[int, int, frozenset[threading.Thread]], tally: Tally, name: str) -> None:
+    allocated_bytes, pinned_bytes, threads = before
     gc.collect()
-    for thread in threading.enumerate():
-        if thread.name.startswith("overflowml"):
-            thread.join(TIMEOUT_S)
+    for thread in _own_threads() - threads:
+        thread.join(TIMEOUT_S)
     gc.collect()
-    after = (vgpu.sim.allocated_bytes, vgpu.sim.pinned_bytes, threading.active_count())
-    if after != before:
-        tally.wrong.append(f"{name}: (device, pinned, threads) were {before} and are {after}")
+    if (vgpu.sim.allocated_bytes, vgpu.sim.pinned_bytes) != (allocated_bytes, pinned_bytes):
+        found = vgpu.sim.allocated_bytes, vgpu.sim.pinned_bytes
+        tally.wrong.append(f"{name}: (device, pinned) bytes were {(allocated_bytes, pinned_bytes)} and are {found}")
+    left = _own_threads() - threads
+    if left:
+        tally.wrong.append(f"{name}: threads are left: {sorted(thread.name for thread in left)}")
