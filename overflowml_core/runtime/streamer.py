@@ -234,6 +234,7 @@ class Streamer:
                     self.device.record(self._opened)
                     self._waits_for_opened = True
                     self._drop(slot)
+                    slot.request = None  # its error refers to all that the call computed, and a slot is kept for the next time
             if self._waiting:
                 self._condition.notify_all()
             if not failed:
@@ -336,7 +337,7 @@ class Streamer:
                     self.device.copy(slot.target, home.host, after, slot.ready)
             except BaseException as error:  # noqa: BLE001 -- raised when the block is called
                 request = slot.request = Request(AT_ONCE)
-                request.error = error
+                request.error = error.with_traceback(None)  # which would keep what is computed now until the block is called
         return request
 
     def _needs_reader(self, home: Home) -> bool:

@@ -16,7 +16,7 @@ from torch import nn
 
 from overflowml_core.errors import ReadFault
 from overflowml_core.runtime.homes import Home
-from tests.runtime.build import TIMEOUT_S, Job, Stack, job, on_meta, rows, same, save, slots_budget, snapshot, stack, twice
+from tests.runtime.build import TIMEOUT_S, Job, Stack, job, on_meta, rows, same, save, settled, slots_budget, snapshot, stack, twice
 from tests.runtime.conftest import Virtual
 from tests.runtime.test_streaming import call, on_device
 from tests.vdevice import Faults
@@ -297,3 +297,26 @@ def test_a_managed_model_that_is_forgotten_frees_everything(tier: str, phases: i
         assert len(os.listdir("/proc/self/fd")) == files
     if (tmp_path / "store").exists():
         assert list((tmp_path / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize("tier", ["pinned", "disk"])
+def test_what_a_failed_call_computed_is_gone_with_its_error(tier: str, tmp_path: Path, vgpu: Virtual) -> None:
+    module = stack(6, 16)
+    x = rows().to("vgpu")
+    with task_for(module, vgpu, tier).attached(tmp_path) as engine, torch.no_grad():
+        module(x)
+        settled(engine)
+        gc.collect()
+        level_bytes, failures = vgpu.taken_bytes, 0
+        for k in range(1, 20):
+            vgpu.sim.faults = Faults(copy={k})
+            for _ in range(2):  # the copy may be one that was sent for ahead
+                try:
+                    module(x)
+                except RuntimeError as error:
+                    assert "injected fault" in str(error)
+                    failures += 1
+                gc.collect()
+                assert vgpu.taken_bytes == level_bytes, k
+                vgpu.sim.faults = Faults()
+        assert failures >= 4
