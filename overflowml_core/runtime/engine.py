@@ -312,7 +312,7 @@ class Engine:
     def _activate(self, phase: Phase, strictly: bool = False) -> None:
         """Make a phase the one on the device, ``strictly`` as it is planned. Whatever fails, no phase is half there."""
         with self._switch, torch.inference_mode(False), torch.no_grad():
-            if self._active is phase:
+            if self._active is phase and phase.is_present:
                 return
             self._deactivate()
             self._changes.look(phase)
@@ -320,9 +320,9 @@ class Engine:
             self._active = phase
 
     def _deactivate(self) -> None:
-        phase, self._active = self._active, None
-        if phase is not None:
-            phase.leave()
+        if self._active is not None:
+            self._active.leave()
+            self._active = None  # not where that failed: whoever comes next tries again
 
     def watched(self, component: str) -> tuple[Phase, nn.Module, dict[str, nn.Module]]:
         """A component's phase, its module, and its blocks by name, for whoever watches them run."""
@@ -357,15 +357,13 @@ class Engine:
         return self.experts.report() or self._counted
 
     def detach(self) -> None:
-        """Give the modules back as they were, with plain weights, and free everything. A second call does nothing."""
+        """Give the modules back as they were, with plain weights, and free everything. A second call goes on where an error broke off."""
         with self._switch, torch.inference_mode(False), torch.no_grad():
             if self._detached:
                 return
-            self._detached = True
-            self._counted = self.experts.report()
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks.clear()
+            self._counted = self.experts.report() or self._counted
+            while self._hooks:
+                self._hooks.pop().remove()
             self._changes.end()
             for phase in self._phases:
                 unhook_blocks(phase)
@@ -373,7 +371,8 @@ class Engine:
             self._blocks.clear()
             self.experts.give_back()
             while self._held:
-                self._restore(self._held.pop())
+                self._restore(self._held[-1])
+                self._held.pop()
             while self._undo:
                 self._undo.pop()()
             self._phases.clear()
@@ -382,6 +381,7 @@ class Engine:
             if self._store is not None:
                 self._store.close()
             self.device.trim()
+            self._detached = True
 
     def _restore(self, held: Held) -> None:
         parameters = []

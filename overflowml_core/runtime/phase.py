@@ -99,7 +99,13 @@ class Phase:
             raise
 
     def leave(self) -> None:
-        """Free what the phase takes of the device. Weights are at home afterwards; nothing is copied back, for they do not change."""
+        """Free what the phase takes of the device. Weights are at home afterwards; nothing is copied back, for they do not change.
+
+        A second call goes on where an error broke off, and so does :meth:`enter`.
+
+        Raises:
+            RuntimeError: guests or buffers could not be copied to RAM; they are still on the device, all else is free.
+        """
         self.is_present = False
         with self._lock:
             while self._arriving:
@@ -110,10 +116,10 @@ class Phase:
             self.conductor.close()
         for home in self.residents:
             home.slab.install(home.parameters)
+        self._arenas.clear()
         self.guests.take_home()
         if not self._device.on_host:
             self._take_buffers_home()
-        self._arenas.clear()
         self._device.trim()
 
     def _bring(self, home: Home) -> None:
@@ -141,7 +147,7 @@ class Phase:
                 arrival.hooks.remove()
 
     def _bring_buffers(self) -> None:
-        moved: dict[int, torch.Tensor] = {}
+        moved = {id(there): there for there, _ in self._buffers}  # what an error left there
         for owner, buffer in buffers_of(self.modules):
             if id(buffer) not in moved:  # one that several modules share stays one
                 moved[id(buffer)] = buffer.to(self._device.torch_device)

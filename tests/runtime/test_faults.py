@@ -313,10 +313,63 @@ def test_what_a_failed_call_computed_is_gone_with_its_error(tier: str, tmp_path:
             for _ in range(2):  # the copy may be one that was sent for ahead
                 try:
                     module(x)
-                except RuntimeError as error:
-                    assert "injected fault" in str(error)
+                except RuntimeError:
                     failures += 1
                 gc.collect()
                 assert vgpu.taken_bytes == level_bytes, k
                 vgpu.sim.faults = Faults()
         assert failures >= 4
+
+
+@pytest.mark.parametrize("phases", [1, 2])
+def test_a_removal_that_failed_anywhere_is_finished_by_the_next(phases: int, tmp_path: Path, vgpu: Virtual) -> None:
+    modules = {f"part{i}": stack(4, 16, seed=i, ends=True) for i in range(phases)}
+    for module in modules.values():
+        module.register_buffer("extra", torch.ones(3))
+        module.register_buffer("other", torch.ones(5))
+    before = {name: snapshot(m) for name, m in modules.items()}
+    task = job(modules, vgpu.device, budget_bytes=slots_budget(modules["part0"], 2, 2))
+    failures = 0
+    for k in range(1, 30):
+        engine = task.attach(tmp_path)
+        call(modules["part0"], rows())
+        vgpu.sim.faults = Faults(copy={k})
+        try:
+            engine.detach()
+        except RuntimeError:
+            failures += 1
+        else:
+            break
+        finally:
+            vgpu.sim.faults = Faults()
+        engine.detach()
+        assert {name: snapshot(m) for name, m in modules.items()} == before, k
+        nothing_is_left(vgpu, modules["part0"])
+    assert failures == k - 1 >= 2
+
+
+def test_a_switch_that_failed_on_the_way_out_is_finished_by_the_next(tmp_path: Path, vgpu: Virtual) -> None:
+    modules = {f"part{i}": stack(4, 16, seed=i) for i in range(2)}
+    for module in modules.values():
+        module.register_buffer("extra", torch.ones(3))
+        module.register_buffer("other", torch.ones(5))
+    expected = {name: on_device(m, rows()) for name, m in modules.items()}
+    before = {name: snapshot(m) for name, m in modules.items()}
+    with job(modules, vgpu.device, budget_bytes=slots_budget(modules["part0"], 2, 1)).attached(tmp_path) as engine:
+        for k in range(1, 14):
+            call(modules["part0"], rows())
+            settled(engine)
+            x = rows().to("vgpu")
+            vgpu.sim.faults = Faults(copy={k})
+            with torch.no_grad(), contextlib.suppress(RuntimeError):
+                modules["part1"](x)
+            vgpu.sim.faults = Faults()
+            for name in ("part0", "part1", "part0", "part1"):
+                with contextlib.suppress(RuntimeError):
+                    call(modules[name], rows())  # a copy that was sent for ahead may have failed
+                assert same(call(modules[name], rows()), expected[name]), (k, name)
+            assert modules["part0"].extra.device.type == "cpu"
+            assert modules["part1"].extra.device.type == "vgpu"
+            del x
+    assert {name: snapshot(m) for name, m in modules.items()} == before
+    nothing_is_left(vgpu, modules["part0"])
