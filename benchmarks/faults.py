@@ -1,20 +1,25 @@
 """Fails every allocation, copy, pinning, read, start of a thread and event of a managed model's life, one by one, and counts.
 
     python benchmarks/faults.py --json benchmarks/results/faults.json
+    python benchmarks/faults.py --hosts --stride 7
 
-On the virtual accelerator, with a bare module whose weights are live or lie in a file. After each fault the result is right or the error
-says what failed, memory and threads are as before, and the next call works; else it is told and the status is 1.
+On the virtual accelerator: a bare module, and with ``--hosts`` a transformers model that decodes and a diffusers pipeline, each with an
+adapter. Weights wait in RAM, then on disk. After each fault the result is right or the error says what failed, memory and threads are as
+before, and the next call works; else it is told and the status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import logging
 import os
 import sys
 import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,60 +28,86 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "plugins")]
 
 import torch  # noqa: E402 -- behind the path and MKL's switch
-from torch import nn  # noqa: E402
 
-from tests.runtime.build import rows, save, slots_budget, stack, virtual  # noqa: E402
+from tests.runtime.build import virtual  # noqa: E402
 from tests.runtime.conftest import Virtual  # noqa: E402
-from tests.runtime.fault_points import KINDS, STAGES, Subject, Tally, sweep  # noqa: E402
+from tests.runtime.fault_lives import BareSubject  # noqa: E402
+from tests.runtime.fault_points import KINDS, Subject, Tally, sweep  # noqa: E402
 from tests.vdevice import Config, install  # noqa: E402
+
+_HOST_ROOM_BYTES = 40_000
+_TIERS = ("pinned", "disk")
 
 
 def main() -> None:
     """Sweep, print a line for each kind and stage, and the sums."""
-    asked = argparse.ArgumentParser(description=__doc__)
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--stride", type=int, default=1, help="fail one point in so many")
+    asked.add_argument("--hosts", action="store_true", help="models of transformers and diffusers instead of a bare module; takes hours")
+    asked.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     asked.add_argument("--json", type=Path)
     given = asked.parse_args()
     logging.getLogger("overflowml").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory() as folder:
-        tallies = measure(Path(folder), given.stride)
-    total = {name: sum(getattr(tally, name) for tally in tallies.values()) for name in ("points", "right", "clear")}
-    wrong = [problem for tally in tallies.values() for problem in tally.wrong]
-    print(json.dumps({**total, "wrong": len(wrong)}))
-    if given.json is not None:
-        given.json.write_text(
-            json.dumps({"total": {**total, "wrong": wrong}, **{k: asdict(t) for k, t in tallies.items()}}, indent=2) + "\n"
-        )
-    sys.exit(1 if wrong else 0)
-
-
-def measure(folder: Path, stride: int) -> dict[str, Tally]:
-    """Every kind in every stage, for live weights that wait in RAM and for those of a file that wait on disk."""
-    gc.collect()
-    gc.freeze()
+    torch.set_num_threads(1)
     sim = install(Config(align_bytes=512, hazards="record"))
     vgpu = Virtual(sim, virtual(), sim.allocated_bytes, sim.pinned_bytes)
-    module = stack(5, 16, ends=True)
-    path = save(dict(module.named_parameters()), folder / "model.safetensors")
     tallies: dict[str, Tally] = {}
-    for tier, source in (("pinned", None), ("disk", path)):
-        subject = Subject(module, source, _call, slots_budget(module, 2, 2), tier)
-        for kind in KINDS:
-            for stage in STAGES:
-                tally = tallies[f"{tier}, {kind}, {stage}"] = sweep(vgpu, subject, kind, stage, folder / "store", stride)
-                print(
-                    f"{tier:7} {kind:7} {stage:11} {tally.points:4} points {tally.right:4} right {tally.clear:4} clear",
-                    *tally.wrong,
-                    flush=True,
-                )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, subject in (_hosts if given.hosts else _bare)(vgpu, Path(folder)):
+            gc.collect()
+            gc.freeze()
+            for kind in given.kinds:
+                for stage in subject.stages:
+                    tally = tallies[f"{name}, {kind}, {stage}"] = sweep(vgpu, subject, kind, stage, given.stride)
+                    counts = f"{tally.points:5} points {tally.right:5} right {tally.clear:5} clear"
+                    print(f"{name:20} {kind:7} {stage:11} {counts}", *tally.wrong, flush=True)
     if sim.hazards:
         tallies["hazards"] = Tally(wrong=[str(one) for one in sim.hazards])
-    return tallies
+    sys.exit(_tell(tallies, given.stride, given.json))
 
 
-def _call(module: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return module(rows().to("vgpu")).cpu()
+def _tell(tallies: dict[str, Tally], stride: int, path: Path | None) -> int:
+    total = {name: sum(getattr(tally, name) for tally in tallies.values()) for name in ("points", "right", "clear")}
+    wrong = [problem for tally in tallies.values() for problem in tally.wrong]
+    print(json.dumps({"stride": stride, **total, "wrong": len(wrong)}))
+    if path is not None:
+        found = {"stride": stride, "total": {**total, "wrong": wrong}, **{name: asdict(tally) for name, tally in tallies.items()}}
+        path.write_text(json.dumps(found, indent=2) + "\n")
+    return 1 if wrong else 0
+
+
+def _bare(vgpu: Virtual, folder: Path) -> Iterator[tuple[str, Subject]]:
+    for tier in _TIERS:
+        own = folder / tier
+        own.mkdir()
+        yield f"bare, {tier}", BareSubject(vgpu.device, own, tier, blocks=5, resident=2)
+
+
+def _hosts(vgpu: Virtual, folder: Path) -> Iterator[tuple[str, Subject]]:
+    os.environ["OVERFLOWML_CACHE"] = str(folder / "cache")
+    warnings.simplefilter("ignore")
+    import diffusers
+    import transformers
+
+    import overflowml
+    from overflowml_core import description, session
+    from tests.hosts.fault_lives import HostSubject, flux_subject, llama_subject, on_virtual
+
+    for host in (transformers, diffusers):
+        host.utils.logging.set_verbosity_error()
+        host.utils.logging.disable_progress_bar()
+    for name in ("transformers", "diffusers"):
+        if name not in session.plugins().names():
+            session.plugins().register(importlib.import_module(f"overflowml_{name}"), name)
+    description._measured = lambda *_: None  # profiles cost seconds, and say nothing of a simulated device
+    overflowml.install()
+    makers: dict[str, Callable[[Path], HostSubject]] = {"transformers": llama_subject, "diffusers": flux_subject}
+    with on_virtual(vgpu.device):
+        for name, make in makers.items():
+            for tier in _TIERS:
+                own = folder / f"{name}-{tier}"
+                own.mkdir()
+                yield f"{name}, {tier}", make(own).within(_HOST_ROOM_BYTES, 0 if tier == "disk" else None)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from tests.runtime.build import Stack, rows, save, slots_budget, stack
+from overflowml_core.runtime import elastic_state
+from tests.runtime.build import Stack
 from tests.runtime.conftest import Virtual
-from tests.runtime.fault_points import KINDS, STAGES, Subject, Tally, sweep
-
-
-def call(module: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return module(rows().to("vgpu")).cpu()
-
-
-def subject(tier: str, folder: Path) -> Subject:
-    module = stack(4, 16, ends=True)
-    path = save(module.state_dict(), folder / "model.safetensors") if tier == "disk" else None
-    return Subject(module, path, call, slots_budget(module, 2, 1), tier)
+from tests.runtime.fault_lives import STAGES, BareSubject
+from tests.runtime.fault_points import KINDS, sweep
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -31,8 +21,9 @@ def test_after_a_fault_the_result_is_right_or_the_error_clear(
     tier: str, kind: str, tmp_path: Path, vgpu: Virtual, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.ERROR, "overflowml")
-    stages = [STAGES[(KINDS.index(kind) + i) % 4] for i in range(2)]
-    tallies = [sweep(vgpu, subject(tier, tmp_path), kind, stage, tmp_path / "store", stride=5) for stage in stages]
+    subject = BareSubject(vgpu.device, tmp_path, tier)
+    stages = [STAGES[(KINDS.index(kind) + i) % len(STAGES)] for i in range(2)]
+    tallies = [sweep(vgpu, subject, kind, stage, stride=5) for stage in stages]
     assert [problem for tally in tallies for problem in tally.wrong] == []
     assert all(tally.points == tally.right + tally.clear for tally in tallies)
 
@@ -45,10 +36,10 @@ class Writing(Stack):
 
 
 def test_a_sweep_sees_a_wrong_result(tmp_path: Path, vgpu: Virtual, monkeypatch: pytest.MonkeyPatch) -> None:
-    from overflowml_core.runtime import elastic_state
-
     monkeypatch.setattr(elastic_state.CallState, "put_back", lambda self: "")  # calls again what was half done
-
-    module = Writing(4, 16, ends=True).eval().requires_grad_(False)
-    tally: Tally = sweep(vgpu, Subject(module, None, call, slots_budget(module, 2, 1), "pinned"), "alloc", "first pass", tmp_path, stride=4)
+    subject = BareSubject(vgpu.device, tmp_path, "pinned")
+    for module in subject.modules.values():
+        module.__class__ = Writing
+    subject.expect()
+    tally = sweep(vgpu, subject, "alloc", "first pass", stride=4)
     assert any("another result" in problem for problem in tally.wrong)
