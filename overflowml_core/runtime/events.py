@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -36,15 +37,19 @@ class Events:
 
     def __init__(self) -> None:
         self._events: list[Event] = []
-        self._logged: set[str] = set()
+        self._counts: Counter[str] = Counter()
 
     def add(self, kind: str, reason: str, nbytes: int = 0) -> None:
         """Record what happened now. The first of its kind is a warning, the others are told to who listens closely."""
         self._events.append(Event(time.time(), kind, reason, nbytes))
         del self._events[:-MOST_EVENTS]
-        level = logging.DEBUG if kind in self._logged else logging.WARNING
-        self._logged.add(kind)
+        level = logging.DEBUG if self._counts[kind] else logging.WARNING
+        self._counts[kind] += 1
         _log.log(level, "%s: %s", kind, reason)
+
+    def counted(self) -> str:
+        """How often each kind was recorded, as in "2 demoted, 1 promoted"; empty where nothing was."""
+        return ", ".join(f"{count} {kind}" for kind, count in self._counts.items())
 
     def __len__(self) -> int:
         return len(self._events)

@@ -68,7 +68,7 @@ def job(count: int = COUNT, seed: int | None = 100, batch: int | None = None, **
 
 def go(path: Path, what: Job) -> Done:
     with RunFolder.opened(path) as opened:
-        return run_job(what, opened, lambda done, total: None)
+        return run_job(what, opened, lambda *_: None)
 
 
 def pictures(path: Path) -> dict[str, bytes]:

@@ -23,8 +23,8 @@ _SEEDS = 2**32
 """Seeds that are chosen where nobody gives one are below this, so that people can write them down."""
 _SEED_RANGE = 2**63
 
-Tell = Callable[[int, int], None]
-"""Called with pictures that are there, and in all."""
+Tell = Callable[[int, int, str], None]
+"""Called with pictures that are there, and in all, and with what happened when memory ran out; empty where it did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def run_job(job: Job, folder: RunFolder, tell: Tell) -> Done:
     seeds = seeds_of(job.prompts, header.seed)
     folder.adopt(seeds)
     found = len(folder.done)
-    tell(found, header.count)
+    tell(found, header.count, "")
     if found < header.count:
         _draw_all(job, opened or _opened(job), folder, header, tell)
     return Done(header.count - found, found, header.seed, header.batch, time.perf_counter() - start_s)
@@ -117,7 +117,7 @@ def _short(value: object) -> str:
 
 
 def _draw_all(job: Job, opened: Pipeline, folder: RunFolder, header: Header, tell: Tell) -> None:
-    opened.attach(job.prompts, header.batch, job.limits)
+    events = getattr(opened.attach(job.prompts, header.batch, job.limits), "events", None)
     seeds, guard = seeds_of(job.prompts, header.seed), MemoryGuard()
     sizer = BatchSizer(header.batch, header.batch)
     for company in in_batches(job.prompts, job.settings, header.batch):
@@ -140,4 +140,4 @@ def _draw_all(job: Job, opened: Pipeline, folder: RunFolder, header: Header, tel
                     f"picture {batch[0]}: memory ran out while it was computed alone ({line}); give a smaller --budget, "
                     "which leaves more of the memory to it, or a smaller size"
                 ) from error
-            tell(len(folder.done), header.count)
+            tell(len(folder.done), header.count, "" if events is None else events.counted())
