@@ -61,25 +61,33 @@ class Uncompiled:
             self._compiled = None
 
 
+def _take_off(hooks: dict[int, Callable[..., Any]], hook: Callable[..., Any], marks: dict[int, bool]) -> None:
+    for key in [key for key, found in hooks.items() if found is hook]:
+        hooks.pop(key, None)
+        marks.pop(key, None)
+
+
 class HookPair:
     """Two hooks of one block, until they are removed."""
 
     def __init__(self, module: nn.Module, before: Before, after: After) -> None:
-        """Hook a block, compiled or not."""
+        """Hook nothing yet, so that whoever is to remove the pair holds it before there is something to remove."""
         self._module = module
         self._before, self._after = before, after
         for hook in (before, after):
             keep_out_of_graphs(hook)
-        self._handles: list[Any] = []
-        self._compiled: Callable[..., Any] | None = vars(module).get("_compiled_call_impl")
+        self._compiled: Callable[..., Any] | None = None
+
+    def put_on(self) -> HookPair:
+        """Hook the block, compiled or not."""
+        self._compiled = vars(self._module).get("_compiled_call_impl")
+        vars(self._module)["compile"] = self._compile
         if self._compiled is None:
-            self._handles = [
-                module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
-                module.register_forward_hook(after, always_call=True),
-            ]
+            self._module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+            self._module.register_forward_hook(self._after, always_call=True)
         else:
-            vars(module)["_compiled_call_impl"] = self._around(self._compiled)
-        vars(module)["compile"] = self._compile
+            vars(self._module)["_compiled_call_impl"] = self._around(self._compiled)
+        return self
 
     def _compile(self, *args: Any, **kwargs: Any) -> None:
         self._take_off()
@@ -99,8 +107,9 @@ class HookPair:
         return call
 
     def _take_off(self) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+        # By what is called and not by torch's handles: an interrupt inside torch's register_... leaves a hook whose handle nobody got.
+        _take_off(self._module._forward_pre_hooks, self._before, self._module._forward_pre_hooks_with_kwargs)
+        _take_off(self._module._forward_hooks, self._after, self._module._forward_hooks_always_called)
 
     def remove(self) -> None:
         """Take the hooks off; the block stays compiled. A second call does nothing."""

@@ -28,7 +28,8 @@ class Ledger:
     """Bytes that the runtime holds in one kind of memory, now and at most. Storage that is freed is taken off by itself."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Taken again by its own thread: storage that a collection of garbage frees is booked out wherever that happens to run.
+        self._lock = threading.RLock()
         self.held_bytes = 0
         self.peak_bytes = 0
 

@@ -58,12 +58,14 @@ def hook_blocks(phase: Phase, bring: Callable[[Phase], None]) -> None:
     for k, home in enumerate(phase.streamer.homes):
         if home.slab.unit.module is not None:
             phase.block_hooks.append(_hook_block(phase, k, home.slab.unit.module, bring))
+            phase.block_hooks[-1].put_on()
 
 
 def unhook_blocks(phase: Phase) -> None:
     """Take the hooks off the blocks of a phase."""
     while phase.block_hooks:
-        phase.block_hooks.pop().remove()
+        phase.block_hooks[-1].remove()
+        phase.block_hooks.pop()
 
 
 def _hook_block(phase: Phase, k: int, module: nn.Module, bring: Callable[[Phase], None]) -> HookPair:

@@ -7,6 +7,7 @@ call meets the host, not bytes that are not there yet.
 
 from __future__ import annotations
 
+import enum
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,17 @@ def _go_on(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
     """Nothing is to be done when a resident block was called."""
 
 
+class Stay(enum.Enum):
+    """Where a phase is."""
+
+    AWAY = "away"
+    """Nothing of it is on the device."""
+    PARTLY = "partly"
+    """Coming or leaving; where that was broken off it leaves before anything else comes."""
+    THERE = "there"
+    """All of it is on the device, or on its way there."""
+
+
 class Phase:
     """What the runtime holds for one phase of the plan.
 
@@ -51,7 +63,8 @@ class Phase:
         modules: the phase's components.
         casts: by dtype, the homes of the phase in it.
         guests: parameters that came into its modules after the plan was attached.
-        is_present: it has entered and not left.
+        stay: where it is.
+        is_present: it is there and nobody waits for its place, so that calls need not ask.
         conductor: of its routed experts, where they are apart from its blocks.
         block_hooks: what takes the hooks off its streamed blocks.
     """
@@ -65,6 +78,7 @@ class Phase:
         self.modules = tuple(modules)
         self.casts: dict[torch.dtype, Cast] = {}
         self.guests = Guests(device)
+        self.stay = Stay.AWAY
         self.is_present = False
         self.conductor: Conductor | None = None
         self.block_hooks: list[HookPair] = []
@@ -84,6 +98,7 @@ class Phase:
             torch.OutOfMemoryError: the device has no room.
             ReadFault: a file is gone or shorter than it was.
         """
+        self.stay = Stay.PARTLY
         try:
             if not self._device.on_host:
                 self._bring_buffers()  # first: their copies wait for no others
@@ -93,6 +108,7 @@ class Phase:
             self.streamer.open()
             if self.conductor is not None:
                 self.conductor.open()
+            self.stay = Stay.THERE
             self.is_present = True
         except BaseException:
             self.leave()
@@ -107,9 +123,11 @@ class Phase:
             RuntimeError: guests or buffers could not be copied to RAM; they are still on the device, all else is free.
         """
         self.is_present = False
+        self.stay = Stay.PARTLY
         with self._lock:
-            while self._arriving:
-                self._arriving.popitem()[1].hooks.remove()
+            for arrival in self._arriving.values():
+                arrival.hooks.remove()
+            self._arriving.clear()
         self._device.synchronize()
         self.streamer.close()
         if self.conductor is not None:
@@ -121,6 +139,7 @@ class Phase:
         if not self._device.on_host:
             self._take_buffers_home()
         self._device.trim()
+        self.stay = Stay.AWAY
 
     def _bring(self, home: Home) -> None:
         arena = self._device.empty(home.slab.nbytes)
@@ -131,7 +150,8 @@ class Phase:
         parameters, module = home.slab.parameters(arena), home.slab.unit.module
         if module is not None and self._device.overlaps:
             # The phase's own method and no closure: in a cycle of references it would keep the arena past the phase.
-            self._arriving[id(module)] = _Arrival(home, parameters, end, HookPair(module, self._arrive, _go_on))
+            arrival = self._arriving[id(module)] = _Arrival(home, parameters, end, HookPair(module, self._arrive, _go_on))
+            arrival.hooks.put_on()
         else:
             self._device.wait(end)
             home.slab.install(parameters)
@@ -143,11 +163,13 @@ class Phase:
             if arrival is not None:
                 self._device.wait(arrival.end)
                 arrival.home.slab.install(arrival.parameters)
-                del self._arriving[id(module)]
                 arrival.hooks.remove()
+                del self._arriving[id(module)]
 
     def _bring_buffers(self) -> None:
-        moved = {id(there): there for there, _ in self._buffers}  # what an error left there
+        moved: dict[int, torch.Tensor] = {}
+        for there, original in self._buffers:  # what an error or an interrupt left there
+            moved[id(there)] = moved[id(original)] = there
         for owner, buffer in buffers_of(self.modules):
             if id(buffer) not in moved:  # one that several modules share stays one
                 moved[id(buffer)] = buffer.to(self._device.torch_device)

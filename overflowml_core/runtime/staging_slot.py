@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,40 @@ AT_ONCE.set()
 
 
 class Request:
-    """A block on its way into a slot."""
+    """A block on its way into a slot.
 
-    __slots__ = ("error", "issued")
+    Attributes:
+        issued: set once its copy is queued, or failed.
+        error: what failed.
+        is_handed_over: the reader thread will carry it out; else whoever waits for it does.
+    """
 
-    def __init__(self, issued: threading.Event) -> None:
+    __slots__ = ("_is_taken", "_lock", "_work", "error", "is_handed_over", "issued")
+
+    def __init__(self, issued: threading.Event, work: Callable[[], None] | None = None) -> None:
         self.issued = issued
         self.error: BaseException | None = None
+        self.is_handed_over = False
+        self._work = work
+        self._is_taken = False
+        self._lock = threading.Lock()
+
+    def carry_out(self) -> None:
+        """Do the work in the calling thread, unless another one does or did."""
+        is_mine = False
+        try:
+            with self._lock:
+                is_mine, self._is_taken = not self._is_taken, True
+            if is_mine and self._work is not None:
+                self._work()
+        except BaseException as error:
+            if not is_mine:
+                raise
+            self.error = error  # raised by whoever waits for the block, in its own thread
+        finally:
+            if is_mine:
+                self._work = None  # which may hold memory
+                self.issued.set()
 
 
 COPIED = Request(AT_ONCE)

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,13 +121,15 @@ class Streamer:
 
     def close(self) -> None:
         """Free the staging buffer; all blocks are at home afterwards. A second call does nothing."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.shutdown(wait=True, cancel_futures=True)
+        if self._reader is not None:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._reader = None
         if self.is_open:
             self.device.synchronize()
         for home in self.homes:
             home.slab.install(home.parameters)
+        for slot in self._live:
+            slot.request = None  # one that nobody carried out refers to its slot
         self._buffer, self._staged, self._live, self._previous = None, [], [], None
         self._held, self._known = [None] * len(self.homes), [{} for _ in self.homes]
 
@@ -225,16 +228,15 @@ class Streamer:
             slot = self._held[k]
             if slot is None or me not in slot.users:
                 return
-            slot.users.remove(me)
-            if not slot.users:
+            # Whose it is changes last: what an interrupt breaks off here is done again when this thread comes back.
+            if len(slot.users) == 1:
                 self.device.record(slot.free)
                 self._install(k, self.homes[k].parameters)
                 if failed:
-                    # A copy that was to wait for what lay here may never have been queued: whatever comes next waits for all of it.
-                    self.device.record(self._opened)
-                    self._waits_for_opened = True
+                    self._wait_for_all()
                     self._drop(slot)
                     slot.request = None  # its error refers to all that the call computed, and a slot is kept for the next time
+            slot.users.remove(me)
             if self._waiting:
                 self._condition.notify_all()
             if not failed:
@@ -255,10 +257,10 @@ class Streamer:
         for user in set(slot.users):
             inside = calls_under_way(home.slab.unit.module, user) - (user == me and slot.k == k)
             left += [user] * min(inside, slot.users.count(user))
-        slot.users = left
         if not left:
             self.device.record(slot.free)
             self._install(slot.k, home.parameters)
+        slot.users = left
 
     def _install(self, k: int, parameters: tuple[nn.Parameter, ...]) -> None:
         for place, attribute, number in self._places[k]:
@@ -302,10 +304,25 @@ class Streamer:
     def _drop(self, slot: Slot) -> None:
         if self._held[slot.k] is slot:
             self._held[slot.k] = None
+        if slot in self._live:  # one that is not held does no harm there; one that is held and not there would be overwritten unseen
             self._live.remove(slot)
+
+    def _wait_for_all(self) -> None:
+        """A copy that was to wait for what lay in the buffer may never have been queued: whatever comes next waits for all of it."""
+        self.device.record(self._opened)
+        self._waits_for_opened = True
 
     def _send(self, slot: Slot, upto_bytes: int, under: Sequence[Slot]) -> Request:
         """Have a slot filled so far, over what lies under these bytes; what comes from RAM may come in parts."""
+        try:
+            return self._fill(slot, upto_bytes, under)
+        except BaseException:
+            if not self._by_reader[slot.k]:
+                self._drop(slot)
+            self._wait_for_all()
+            raise
+
+    def _fill(self, slot: Slot, upto_bytes: int, under: Sequence[Slot]) -> Request:
         k, sent_bytes = slot.k, slot.sent_bytes
         home, reader = self._staged[k], self._reader if self._by_reader[k] else None
         after = [other.free for other in under]
@@ -322,20 +339,22 @@ class Streamer:
             self._drop(other)
         request = slot.request
         if request is None:
-            request = slot.request = COPIED if reader is None else Request(threading.Event())
-            self._held[k] = slot
+            request = COPIED if reader is None else Request(threading.Event(), partial(self._read, home, slot, after))
+            slot.request = request
             self._live.append(slot)
+            self._held[k] = slot
             self.streamed_bytes += home.slab.nbytes
         slot.sent_bytes = upto_bytes
         if reader is not None:
-            reader.submit(self._read, home, slot, request, after)
+            reader.submit(request.carry_out)
+            request.is_handed_over = True
         elif home.host is not None:
             try:
                 if upto_bytes - sent_bytes < home.slab.nbytes:
                     self.device.copy(slot.target[sent_bytes:upto_bytes], home.host[sent_bytes:upto_bytes], after, slot.ready)
                 else:
                     self.device.copy(slot.target, home.host, after, slot.ready)
-            except BaseException as error:  # noqa: BLE001 -- raised when the block is called
+            except Exception as error:  # noqa: BLE001 -- raised when the block is called
                 request = slot.request = Request(AT_ONCE)
                 request.error = error.with_traceback(None)  # which would keep what is computed now until the block is called
         return request
@@ -344,17 +363,14 @@ class Streamer:
         """Whether bringing a block takes a thread's time: it is read, or copied from memory that no copy engine can read by itself."""
         return home.host is None or (home.tier is Tier.RAM and self.device.pageable_holds)
 
-    def _read(self, home: Home, slot: Slot, request: Request, after: Sequence[Any]) -> None:
-        try:
-            with torch.inference_mode(False), torch.no_grad():
-                self.feeder.feed(home, slot.target, after, slot.ready)
-        except BaseException as error:  # noqa: BLE001 -- handed to whoever waits for the block, in its own thread
-            request.error = error
-        finally:
-            request.issued.set()
+    def _read(self, home: Home, slot: Slot, after: Sequence[Any]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.feeder.feed(home, slot.target, after, slot.ready)
 
     def _await_issue(self, request: Request | None) -> None:
         if request is not None and not request.issued.is_set():
             started = time.perf_counter()
+            if not request.is_handed_over:
+                request.carry_out()  # an interrupt, or no thread to start: nobody else would
             request.issued.wait()
             self.stall_s += time.perf_counter() - started

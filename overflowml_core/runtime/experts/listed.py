@@ -24,10 +24,10 @@ def hook_experts(conductor: Conductor, place: int, block: nn.Module, ensure: Cal
     """
     bank = conductor.seats[place].home.bank
     block_pass = _Pass(conductor, place)
-    pairs = [HookPair(block, block_pass.before, block_pass.after)]
+    pairs = [HookPair(block, block_pass.before, block_pass.after).put_on()]
     for expert, module in enumerate(experts_in(bank.module)):
         one = _Listed(block_pass, expert, ensure)
-        pairs.append(HookPair(module, one.before, one.after))
+        pairs.append(HookPair(module, one.before, one.after).put_on())
     return pairs
 
 
