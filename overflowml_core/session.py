@@ -123,9 +123,10 @@ def manage(
     plan = plan or make_plan(network, limits, workload, machine)
     # Whoever hands over a plan wants that one, unless it says otherwise.
     trial = (plan.limits.trial or False) if is_given else plan.limits.trial
-    made = _attach(plan, network, machine, modules, load)
+    made = _open(plan, network, machine)
     marked = [target, *(m for m in modules.values() if m is not target)]
     try:
+        _attach(made, modules, load)
         for part in marked:
             vars(part)[_ATTACHMENT] = made
         plugins().attached(target, made)
@@ -163,19 +164,25 @@ def optimize(target: object, model_size_gb: float | None, limits: Limits, worklo
     return made
 
 
-def _attach(plan: Plan, network: Network, machine: Machine, modules: dict[str, nn.Module], load: Loading | None) -> Any:
+def _open(plan: Plan, network: Network, machine: Machine) -> Any:
+    """What carries out the plan, attached to nothing yet: whoever is interrupted holds what there is to detach."""
     from overflowml_core.runtime.device import open_device
     from overflowml_core.runtime.direct import Direct
     from overflowml_core.runtime.engine import Engine
 
     device = open_device(machine.compute)
     if not plan.managed:
-        return Direct(plan, network, device).attach(modules, load)
+        return Direct(plan, network, device)
     folder = environment.cache_folder() / "packed"
+    return Engine(plan, network, device, folder, codecs_of(plan, machine), _expert_setting(plan, network, machine))
+
+
+def _attach(made: Any, modules: dict[str, nn.Module], load: Loading | None) -> None:
+    if not made.plan.managed:
+        made.attach(modules, load)
+        return
     with loading_bar(load is None or load.shows_progress) as shown:
-        progress = _progress(load, shown)
-        experts = _expert_setting(plan, network, machine)
-        return Engine(plan, network, device, folder, codecs_of(plan, machine), experts).attach(modules, load, progress)
+        made.attach(modules, load, _progress(load, shown))
 
 
 def _expert_setting(plan: Plan, network: Network, machine: Machine) -> ExpertSetting | None:
@@ -263,7 +270,11 @@ def release(target: object) -> bool:
     experts = getattr(found, "experts", None)
     if experts is not None and experts.unread_bytes:
         experts.room_bytes = detect().host.available_bytes * 9 // 10  # something is left for who reads them
-    found.detach()
+    try:
+        found.detach()
+    except BaseException:
+        vars(target)[_ATTACHMENT] = found  # the next release goes on where this one was broken off
+        raise
     vars(target).pop(_ATTACHMENT, None)
     plugins().ran(found.plan, report)
     return True

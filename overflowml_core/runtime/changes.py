@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -21,6 +20,7 @@ from overflowml_core.runtime.phase import Phase
 from overflowml_core.runtime.rearrange import Held
 from overflowml_core.runtime.room import with_room
 from overflowml_core.runtime.structure import Owner
+from overflowml_core.runtime.turns import Turns
 
 _log = logging.getLogger("overflowml")
 
@@ -38,7 +38,7 @@ class Changes:
         budget_bytes: int,
         leave: Callable[[], None],
         go_under: Callable[[Phase, PhasePlan], None],
-        switch: threading.RLock,
+        turns: Turns,
     ) -> None:
         """Follow nothing yet.
 
@@ -47,13 +47,13 @@ class Changes:
             budget_bytes: of the plan.
             leave: has whatever phase is on the device leave it.
             go_under: has a phase that is not on the device go on under another plan.
-            switch: held while phases change.
+            turns: waited for before a phase leaves.
         """
         self._edits = edits
         self._budget_bytes = budget_bytes
         self._leave = leave
         self._go_under = go_under
-        self._switch = switch
+        self._turns = turns
         self._arrivals: Arrivals | None = None
         self._held: Sequence[Held] = ()
         self._phases: Sequence[Phase] = ()
@@ -101,8 +101,10 @@ class Changes:
         if arrivals is None or marks is None:
             return
         if arrivals.changed or self._edits.is_open or marks.seen:
-            with self._switch, torch.inference_mode(False), torch.no_grad():
-                self._take_stock(arrivals)
+            with self._turns.switch, torch.inference_mode(False), torch.no_grad():
+                self._turns.take(None)
+                if self._arrivals is arrivals:  # not given back meanwhile; what another thread took stock of costs a second look
+                    self._take_stock(arrivals)
 
     @contextlib.contextmanager
     def editing(self, module: nn.Module) -> Iterator[None]:
@@ -115,8 +117,9 @@ class Changes:
         if self._arrivals is None:
             yield
             return
-        with self._switch, torch.inference_mode(False):
+        with self._turns.switch, torch.inference_mode(False):
             with torch.no_grad():
+                self._turns.take(None)
                 self._open(module)
             yield
 

@@ -67,7 +67,8 @@ class Direct:
     def detach(self) -> None:
         """Undo what hosts registered. The weights stay where they are."""
         while self._undo:
-            self._undo.pop()()
+            self._undo[-1]()
+            self._undo.pop()
 
 
 _Parameters = list[tuple[nn.Parameter, torch.device]]

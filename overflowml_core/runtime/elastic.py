@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from overflowml_core.runtime.elastic_state import CallState
 from overflowml_core.runtime.events import Events
 from overflowml_core.runtime.phase import Phase
 from overflowml_core.runtime.room import with_room
+from overflowml_core.runtime.turns import Turns, is_call
 from overflowml_core.units import format_bytes
 
 _PATIENCE_PASSES = 4
@@ -37,7 +37,7 @@ class Elastic:
         budget_bytes: int,
         go_under: Callable[[Phase, PhasePlan], None],
         bring: Callable[[Phase], None],
-        switch: threading.RLock,
+        turns: Turns,
     ) -> None:
         """Do nothing yet.
 
@@ -46,15 +46,16 @@ class Elastic:
             budget_bytes: of the plan.
             go_under: has a phase go on under another plan; it leaves the device for it.
             bring: has a phase on the device.
-            switch: held while phases change.
+            turns: knows who computes with a phase.
         """
         self.events = Events()
         self._device = device
         self._budget_bytes = budget_bytes
         self._go_under = go_under
         self._bring = bring
-        self._switch = switch
-        self._under_way = 0
+        self._turns = turns
+        self._under_way: set[object] = set()
+        """A mark for each call that is inside."""
         self._full: dict[int, tuple[PhasePlan, PhasePlan]] = {}
         """By id of a phase that was demoted: its plan before, and the one since."""
         self._good_passes = 0
@@ -83,16 +84,16 @@ class Elastic:
         """Stream blocks of a phase that were resident, or give up staging, whose place nothing then takes.
 
         Args:
-            phase: which nobody computes with.
+            phase: with which no other thread may compute; one that does keeps it as it is.
             former_bytes: what the last attempt for the same shortage gave free, 0 for the first.
             reason: for the record.
 
         Returns:
             Bytes that are free now; 0 where nothing is left to give, or the move itself failed.
         """
-        with self._switch, torch.inference_mode(False), torch.no_grad():
+        with self._turns.switch, torch.inference_mode(False), torch.no_grad():
             before, wanted = phase.plan, self._with_less(phase, former_bytes * 2)
-            if wanted is None:
+            if wanted is None or not self._turns.is_alone(phase):
                 return 0
             full, since = self._full.get(id(phase), (before, before))
             self._go_under(phase, wanted)
@@ -137,7 +138,7 @@ class Elastic:
         self._good_passes = 0
         wanted_bytes = full.device_bytes - since.device_bytes
         # Activations are not there between two calls, and will be.
-        if self._free_bytes() < wanted_bytes + max(full.activation_bytes, full.slot_bytes):
+        if self._free_bytes() < wanted_bytes + max(full.activation_bytes, full.slot_bytes) or not self._turns.is_alone(phase):
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -172,7 +173,8 @@ class Elastic:
 
         def take_back() -> None:
             while undo:
-                undo.pop()()
+                undo[-1]()
+                undo.pop()
 
         return take_back
 
@@ -180,6 +182,7 @@ class Elastic:
         namespace, original = vars(module), getattr(module, name)
         before = namespace.get(name)
 
+        @is_call
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._survive(phase, module, functools.partial(original, *args, **kwargs))
@@ -196,22 +199,20 @@ class Elastic:
         return undo
 
     def _survive(self, phase: Phase, module: nn.Module, work: functools.partial[Any]) -> Any:
-        with self._switch:
-            self._under_way += 1
-            is_alone = self._under_way == 1
+        mark = object()
         try:
-            if not is_alone:  # inside another call, which makes itself again, or beside one, whose blocks stay
+            self._under_way.add(mark)
+            if len(self._under_way) > 1:  # inside another call, which makes itself again, or beside one, whose blocks stay
                 return work()
             if self._full:
-                with self._switch:
+                with self._turns.switch:
                     if id(phase) in self._full:
                         self._promote(phase)
             if not phase.is_present:
                 self._bring(phase)
             return self._run(phase, module, work)
         finally:
-            with self._switch:
-                self._under_way -= 1
+            self._under_way.discard(mark)  # which, unlike a count, may be done whatever an interrupt left out
 
     def _run(self, phase: Phase, module: nn.Module, work: functools.partial[Any]) -> Any:
         freed_bytes = 0
@@ -220,8 +221,7 @@ class Elastic:
             try:
                 result = work()
             except torch.OutOfMemoryError as error:
-                with self._switch:
-                    is_alone = self._under_way == 1
+                is_alone = len(self._under_way) == 1
                 reason = _first_line(error)
                 obstacle = state.put_back() if is_alone else "another call was under way"
                 if obstacle:

@@ -25,26 +25,27 @@ from overflowml_core.runtime.changes import Changes
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.edits import Edits
 from overflowml_core.runtime.elastic import Elastic
-from overflowml_core.runtime.encode import EncodedWeight, encoded, show_originals
+from overflowml_core.runtime.encode import encoded, show_originals
 from overflowml_core.runtime.experts.apart import take_out
 from overflowml_core.runtime.experts.side import ExpertSide
 from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
+from overflowml_core.runtime.forks import refusal, tell_of_fork
 from overflowml_core.runtime.gradients import without_gradient
 from overflowml_core.runtime.guards import guard_parts
-from overflowml_core.runtime.homes import FileMaps, Home, home_in_ram, home_on_device, home_on_disk, original
+from overflowml_core.runtime.homes import FileMaps, Home, original
 from overflowml_core.runtime.hooking import hook_phase, unhook_blocks
 from overflowml_core.runtime.leaves import taken_apart
 from overflowml_core.runtime.matching import comes_in, match
-from overflowml_core.runtime.parts import parts_of, refit
-from overflowml_core.runtime.phase import Phase, buffers_of
+from overflowml_core.runtime.phase import Phase, Stay, buffers_of
 from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.rearrange import BlockKey, Held, Mover, as_held, check_movable, check_same, set_up, take_down
 from overflowml_core.runtime.recast import Cast, cast_phase, check_room
+from overflowml_core.runtime.restoration import Namespaces, give_back, let_go
 from overflowml_core.runtime.slab import Entry, lay_out
-from overflowml_core.runtime.source import stored_as_is
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.runtime.streamer import Streamer
 from overflowml_core.runtime.structure import Unit, dissect
+from overflowml_core.runtime.turns import Turns
 
 _log = logging.getLogger("overflowml")
 
@@ -75,18 +76,21 @@ class Engine:
         largest_slot = max((phase.slot_bytes for phase in plan.phases), default=0)
         self._feeder = Feeder(device, self._reader, min(largest_slot or LARGEST_WINDOW_BYTES, LARGEST_WINDOW_BYTES * 4))
         self.experts = ExpertSide(device, self._feeder, self._maps, self._packed_store, experts or ExpertSetting())
+        self._mover = Mover(device, self._feeder, self._maps, self._packed_store)
         self._held: list[Held] = []
         self._blocks: dict[BlockKey, Held] = {}
         self._phases: list[Phase] = []
         self._hooks: list[Any] = []
         self._undo: list[Callable[[], None]] = []
-        self._active: Phase | None = None
         self._switch = threading.RLock()
+        self._turns = Turns(self._switch, self._phases)
         edits = Edits(self._reader, self._maps, self._packed_store)
-        self._changes = Changes(edits, plan.budget.device_bytes, self._deactivate, self._shrink, self._switch)
-        self._elastic = Elastic(device, plan.budget.device_bytes, self._shrink, self._activate, self._switch)
+        self._changes = Changes(edits, plan.budget.device_bytes, self._deactivate, self._shrink, self._turns)
+        self._elastic = Elastic(device, plan.budget.device_bytes, self._shrink, self._activate, self._turns)
         self.events = self._elastic.events
         self._detached = False
+        self._is_forked = False
+        tell_of_fork(self._forked)
         self._counted: ExpertReport | None = None
         self.measured_pass_s: float | None = None
         """Seconds of a pass of the phase that takes longest, where a trial measured it."""
@@ -103,6 +107,7 @@ class Engine:
             PlanMismatch: the plan was made for other modules.
             torch.OutOfMemoryError, ReadFault, OverflowmlError: nothing stays attached or allocated.
         """
+        before = Namespaces(modules.values())
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.device.reset_peak()
@@ -113,6 +118,7 @@ class Engine:
         except BaseException:
             self.experts.room_bytes = 0  # nobody gets this model; what was not read is not read for it
             self.detach()
+            before.put_back()
             raise
         return self
 
@@ -174,22 +180,12 @@ class Engine:
     def _settle(self, unit: Unit, home: Tier, loading: Loading | None) -> Held:
         slab = lay_out(unit, loading)
         devices = tuple(weight.parameter.device for weight in unit.weights)
-        arena: torch.Tensor | None = None
-        if home is Tier.DEVICE:
-            arena = self.device.empty(slab.nbytes)
-            self._feeder.load(slab, arena)
-            parameters = slab.parameters(arena)
-            settled = home_on_device(slab, arena, self._maps)
-            slab.install(parameters)
-        elif home is Tier.DISK:
-            settled = home_on_disk(slab, self._reader, self._maps, self._packed_store)
-        else:
-            settled = home_in_ram(slab, self.device, home is Tier.PINNED, self._reader)
-        if home is not Tier.DEVICE:
-            slab.install(settled.parameters)
-        held = Held(slab, settled, arena, devices)
-        self._held.append(held)
-        return held
+        try:
+            self._held.append(self._mover.house(slab, home, devices))
+            return self._held[-1]
+        except BaseException:
+            let_go(slab, devices)
+            raise
 
     def _original(self, entry: Entry) -> torch.Tensor:
         return original(entry, self._reader, self._maps)
@@ -234,13 +230,13 @@ class Engine:
         if phase is None:
             raise Unsupported(f"{component}: a cast to {dtype} while it shares the device with other components; load it in {dtype}")
         with self._switch, torch.inference_mode(False), torch.no_grad():
+            self._turns.take(None)
             self._changes.look(phase)
             present = Cast(tuple(phase.residents), phase.streamer.homes)
             cast = phase.casts.get(dtype) or cast_phase(present, dtype, self.device, self._packed_store)
             check_room(cast, phase.plan, self.plan.budget.device_bytes, dtype)
             phase.casts[dtype] = cast
-            if self._active is phase:
-                self._deactivate()
+            self._deactivate()
             phase.residents = list(cast.residents)
             phase.streamer = Streamer(self.device, self._feeder, cast.streamed, cast.staging_bytes(phase.plan))
             for home in (*cast.residents, *cast.streamed):
@@ -265,7 +261,9 @@ class Engine:
             for phase in self._phases:
                 self._changes.look(phase)
             check_movable(self._phases)
-            active, former = self._active, self.plan
+            active, former = self._turns.present, self.plan
+            if active is not None and not self._turns.is_alone(active):
+                raise Unsupported(f"rearranging {active.plan.name} while another thread computes with it; let its call end first")
             try:
                 self._go_under(plan)
                 if active is not None:
@@ -281,18 +279,17 @@ class Engine:
 
     def _go_under(self, plan: Plan) -> None:
         """Have all blocks where a plan has them; phases that change leave the device, the others are left alone."""
-        mover = Mover(self.device, self._feeder, self._maps, self._packed_store)
         try:
             for phase, wanted in zip(self._phases, plan.phases, strict=True):
                 if (wanted.placements, wanted.staging_bytes) == (phase.plan.placements, phase.plan.staging_bytes):
                     phase.plan = wanted
                     continue
-                if self._active is phase:
-                    self._deactivate()
+                if phase.stay is not Stay.AWAY:
+                    phase.leave()
                 take_down(phase, self._streamer(phase.plan, []))
                 self._changes.renew()  # which refers to homes, too
                 try:
-                    mover.move(self._blocks, wanted, plan.budget.device_bytes)
+                    self._mover.move(self._blocks, wanted, plan.budget.device_bytes)
                 finally:
                     actual = as_held(wanted, self._blocks, len(plan.phases) > 1, plan.budget.device_bytes)
                     set_up(phase, actual, self._blocks, self._streamer, self._activate)
@@ -311,18 +308,25 @@ class Engine:
 
     def _activate(self, phase: Phase, strictly: bool = False) -> None:
         """Make a phase the one on the device, ``strictly`` as it is planned. Whatever fails, no phase is half there."""
+        if self._is_forked:
+            raise refusal()
         with self._switch, torch.inference_mode(False), torch.no_grad():
-            if self._active is phase and phase.is_present:
-                return
+            self._turns.take(phase)
+            if phase.stay is Stay.THERE or self._detached:
+                return  # given back while this call waited: it goes on with plain weights
             self._deactivate()
             self._changes.look(phase)
             phase.enter() if strictly else self._elastic.enter(phase)
-            self._active = phase
 
     def _deactivate(self) -> None:
-        if self._active is not None:
-            self._active.leave()
-            self._active = None  # not where that failed: whoever comes next tries again
+        for phase in self._phases:
+            if phase.stay is not Stay.AWAY:
+                phase.leave()
+
+    def _forked(self) -> None:
+        self._is_forked = True
+        for phase in self._phases:
+            phase.is_present = False
 
     def watched(self, component: str) -> tuple[Phase, nn.Module, dict[str, nn.Module]]:
         """A component's phase, its module, and its blocks by name, for whoever watches them run."""
@@ -357,13 +361,25 @@ class Engine:
         return self.experts.report() or self._counted
 
     def detach(self) -> None:
-        """Give the modules back as they were, with plain weights, and free everything. A second call goes on where an error broke off."""
+        """Give the modules back as they were, with plain weights, and free everything, once the calls of other threads are over.
+
+        A second call does nothing, and goes on where the first one was broken off.
+
+        Raises:
+            Unsupported: this thread is inside a call of the model, or the process was forked from that of the model.
+        """
+        if self._is_forked:
+            raise refusal()
         with self._switch, torch.inference_mode(False), torch.no_grad():
+            if self._turns.is_inside():
+                raise Unsupported("the model is given back inside a call of it, which needs its weights; release it when the call is over")
+            self._turns.take(None)
             if self._detached:
                 return
             self._counted = self.experts.report() or self._counted
-            while self._hooks:
-                self._hooks.pop().remove()
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
             self._changes.end()
             for phase in self._phases:
                 unhook_blocks(phase)
@@ -371,10 +387,11 @@ class Engine:
             self._blocks.clear()
             self.experts.give_back()
             while self._held:
-                self._restore(self._held[-1])
+                give_back(self._held[-1], self._original)
                 self._held.pop()
             while self._undo:
-                self._undo.pop()()
+                self._undo[-1]()
+                self._undo.pop()
             self._phases.clear()
             self._feeder.close()
             self._reader.close()
@@ -382,18 +399,3 @@ class Engine:
                 self._store.close()
             self.device.trim()
             self._detached = True
-
-    def _restore(self, held: Held) -> None:
-        parameters = []
-        for (weight, entries), parameter, device in zip(held.slab.by_weight(), held.home.parameters, held.devices, strict=True):
-            if isinstance(weight, EncodedWeight):
-                parameter = weight.given_back(self._original)
-            # Only what is mapped from the model's own file may stay as it is; pinned memory and the packed store go away.
-            elif held.home.host is not None or not stored_as_is(held.slab):
-                of_arena = None if held.arena is None else {entry.path: entry.view(held.arena) for entry in entries}
-                values = of_arena or {part.path: part.tensor for part in parts_of(parameter)}
-                parameter = parameter if weight.parameter.is_meta else weight.parameter
-                back = torch.device("cpu") if device.type == "meta" else device
-                refit(parameter, {path: tensor.detach().to(back, copy=True) for path, tensor in values.items()})
-            parameters.append(parameter)
-        held.slab.install(tuple(parameters))

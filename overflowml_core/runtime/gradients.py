@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from overflowml_core.errors import Unsupported
+from overflowml_core.runtime.turns import is_call
 
 _WHY = "gradients are not supported while overflowml manages the model (its weights change place under autograd)"
 _GIVE_BACK = "or give the model back with overflowml.release(model)"
@@ -32,6 +33,7 @@ def without_gradient(module: nn.Module, prepare: Callable[[], None]) -> Callable
     before = namespace.get("forward")
     original = module.forward
 
+    @is_call
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
         refuse_training(module)

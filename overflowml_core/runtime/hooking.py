@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from overflowml_core.runtime.compiling import HookPair, Uncompiled
 from overflowml_core.runtime.gradients import refuse_gradients
 from overflowml_core.runtime.leaves import modules_around
-from overflowml_core.runtime.phase import Phase
+from overflowml_core.runtime.phase import Phase, Stay
 from overflowml_core.runtime.structure import Structure
 
 
@@ -74,6 +74,8 @@ def _hook_block(phase: Phase, k: int, module: nn.Module, bring: Callable[[Phase]
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not phase.is_present:
             bring(phase)
+            if phase.stay is Stay.AWAY:
+                return  # given back while this call waited: it computes with plain weights
         refuse_gradients(module, args, kwargs)
         phase.streamer.wait(k)
 

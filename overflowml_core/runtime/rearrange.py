@@ -57,6 +57,33 @@ class Mover:
         self._maps = maps
         self._open_store = open_store
 
+    def house(self, slab: Slab, tier: Tier, devices: tuple[torch.device, ...]) -> Held:
+        """Bring a slab to its first home, from wherever its weights come from.
+
+        Args:
+            slab: none of whose weights moved yet.
+            tier: of the home.
+            devices: where each weight was, to go back to.
+
+        Raises:
+            torch.OutOfMemoryError, MemoryError: the tier has no room.
+            ReadFault, OverflowmlError: a file is not what it was, or the packed store cannot be written.
+        """
+        arena: torch.Tensor | None = None
+        if tier is Tier.DEVICE:
+            arena = self._device.empty(slab.nbytes)
+            self._feeder.load(slab, arena)
+            shown = slab.parameters(arena)
+            home = home_on_device(slab, arena, self._maps)
+        else:
+            if tier is Tier.DISK:
+                home = home_on_disk(slab, self._feeder.reader, self._maps, self._open_store)
+            else:
+                home = home_in_ram(slab, self._device, tier is Tier.PINNED, self._feeder.reader)
+            shown = home.parameters
+        slab.install(shown)
+        return Held(slab, home, arena, devices)
+
     def settle(self, held: Held, tier: Tier) -> None:
         """Give a slab its home in a tier; DEVICE makes it resident for good. Where that fails it stays where it was.
 

@@ -83,9 +83,9 @@ def test_the_same_component_twice_switches_nothing(tmp_path: Path, vgpu: Virtual
     modules = three()
     with job(modules, vgpu.device).attached(tmp_path) as engine:
         call(modules["encoder"], rows())
-        active, arenas = engine._active, [id(a) for a in engine._phases[0]._arenas]
+        active, arenas = engine._turns.present, [id(a) for a in engine._phases[0]._arenas]
         call(modules["encoder"], rows())
-        assert engine._active is active
+        assert engine._turns.present is active
         assert [id(a) for a in engine._phases[0]._arenas] == arenas
 
 

@@ -143,13 +143,14 @@ class ExpertSide:
         """Let the modules hold plain weights again, as far as there is room for what is still unread. A second call does nothing."""
         left_bytes = 0
         while self._conductors:
-            for seat in self._conductors.pop().seats:
+            for seat in self._conductors[-1].seats:
                 unread_bytes = seat.home.unread_bytes
                 reads = self.room_bytes is None or unread_bytes <= self.room_bytes
                 left_bytes += 0 if reads else unread_bytes
                 if self.room_bytes is not None and reads:
                     self.room_bytes -= unread_bytes
                 seat.home.give_back(reads)
+            self._conductors.pop()
         if left_bytes:
             _log.warning(
                 "%s of experts stay unread, for RAM has no room for them; load the model again to use it", format_bytes(left_bytes)
