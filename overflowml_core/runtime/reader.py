@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -15,6 +14,7 @@ import torch
 
 from overflowml_core.errors import ReadFault
 from overflowml_core.runtime.chunks import Chunk, Piece, chunks_of
+from overflowml_core.runtime.jobs import Job, Workers
 from overflowml_core.runtime.open_file import OpenFile
 
 IN_FLIGHT = 4
@@ -28,7 +28,7 @@ class FileReader:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._files: dict[Path, OpenFile] = {}
-        self._pool: ThreadPoolExecutor | None = None
+        self._workers: Workers | None = None
         self.bytes_read = 0
 
     def read(self, pieces: Sequence[Piece], buffer: torch.Tensor) -> None:
@@ -52,22 +52,26 @@ class FileReader:
 
     def _read_in_parallel(self, chunks: deque[Chunk], files: dict[Path, OpenFile], memory: memoryview) -> None:
         count = min(IN_FLIGHT, len(chunks))
-        jobs = [self._threads().submit(_read_all, chunks, files, memory) for _ in range(count)]
+        workers, jobs = self._threads(), [Job(partial(_read_all, chunks, files, memory)) for _ in range(count)]
         try:
-            wait(jobs)
+            for job in jobs:
+                workers.submit(job)
+            for job in jobs:
+                job.wait()
         finally:
             # An interrupt must not leave threads behind that write into memory which is somebody else's by then.
             chunks.clear()
-            wait(jobs)
-        _raise_first(jobs)
+            for job in jobs:
+                job.wait()
+        error = next((job.error for job in jobs if job.error is not None), None)
+        if error is not None:
+            raise error
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _threads(self) -> Workers:
         with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="overflowml-read")
-                # The threads of a pool that is dropped end by themselves; nobody waits for them.
-                weakref.finalize(self, self._pool.shutdown, wait=False)
-            return self._pool
+            if self._workers is None:
+                self._workers = Workers(IN_FLIGHT, "overflowml-read")
+            return self._workers
 
     def _file(self, path: Path, offset: int, wanted: int) -> OpenFile:
         with self._lock:
@@ -112,10 +116,10 @@ class FileReader:
     def close(self) -> None:
         """Let the threads end and close all files. A second call does nothing."""
         with self._lock:
-            pool, self._pool = self._pool, None
+            workers, self._workers = self._workers, None
             files, self._files = self._files, {}
-        if pool is not None:
-            pool.shutdown()
+        if workers is not None:
+            workers.close()
         for file in files.values():
             file.close()
 
@@ -139,10 +143,3 @@ def _read_all(chunks: deque[Chunk], files: dict[Path, OpenFile], memory: memoryv
     except BaseException:
         chunks.clear()
         raise
-
-
-def _raise_first(jobs: Iterable[Future[None]]) -> None:
-    for job in jobs:
-        error = job.exception()
-        if error is not None:
-            raise error

@@ -1,4 +1,4 @@
-"""The way back: units with plain weights again, and modules as they were before a load that was broken off. Knows no phases and no plans."""
+"""The way back: units with plain weights again, and modules as they were before a load that was broken off. Knows no phases, no plans."""
 
 from __future__ import annotations
 

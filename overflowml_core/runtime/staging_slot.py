@@ -3,59 +3,35 @@
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from overflowml_core.runtime.homes import Home
+from overflowml_core.runtime.jobs import Job
 from overflowml_core.staging import Place
 
-AT_ONCE = threading.Event()
-AT_ONCE.set()
-"""What a request has that the calling thread carries out itself: nobody sees it before its copy is queued."""
+
+class Request(Job):
+    """A block on its way into a slot."""
+
+    __slots__ = ()
+
+    @classmethod
+    def at_once(cls, error: BaseException | None = None) -> Request:
+        """One that the calling thread carried out itself: nobody sees it before its copy is queued, or failed."""
+        made = cls(_nothing)
+        made.carry_out()
+        made.error = error
+        return made
 
 
-class Request:
-    """A block on its way into a slot.
-
-    Attributes:
-        issued: set once its copy is queued, or failed.
-        error: what failed.
-        is_handed_over: the reader thread will carry it out; else whoever waits for it does.
-    """
-
-    __slots__ = ("_is_taken", "_lock", "_work", "error", "is_handed_over", "issued")
-
-    def __init__(self, issued: threading.Event, work: Callable[[], None] | None = None) -> None:
-        self.issued = issued
-        self.error: BaseException | None = None
-        self.is_handed_over = False
-        self._work = work
-        self._is_taken = False
-        self._lock = threading.Lock()
-
-    def carry_out(self) -> None:
-        """Do the work in the calling thread, unless another one does or did."""
-        is_mine = False
-        try:
-            with self._lock:
-                is_mine, self._is_taken = not self._is_taken, True
-            if is_mine and self._work is not None:
-                self._work()
-        except BaseException as error:
-            if not is_mine:
-                raise
-            self.error = error  # raised by whoever waits for the block, in its own thread
-        finally:
-            if is_mine:
-                self._work = None  # which may hold memory
-                self.issued.set()
+def _nothing() -> None:
+    """What is left to do of a request that was carried out at once."""
 
 
-COPIED = Request(AT_ONCE)
+COPIED = Request.at_once()
 """All of those that went well: nothing of them differs."""
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,8 @@ from overflowml_core.facts import Tier
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.feeder import Feeder
 from overflowml_core.runtime.homes import Home
-from overflowml_core.runtime.staging_slot import AT_ONCE, COPIED, Request, Slot, calls_under_way, places_of
+from overflowml_core.runtime.jobs import Workers
+from overflowml_core.runtime.staging_slot import COPIED, Request, Slot, calls_under_way, places_of
 from overflowml_core.staging import Place, behind, free_bytes, is_worth
 
 _LOOK_AGAIN_S = 0.5
@@ -87,7 +87,7 @@ class Streamer:
         self._lock = threading.RLock()
         self._condition = threading.Condition(self._lock)
         self._waiting = 0
-        self._reader: ThreadPoolExecutor | None = None
+        self._reader: Workers | None = None
 
     @property
     def is_open(self) -> bool:
@@ -114,7 +114,7 @@ class Streamer:
             # In RAM the next block's reads stand in line behind the present one's, so that the disk never pauses; a ring serves one
             # after the other.
             count = max(2, self._limit // max(self._sizes)) if self.device.on_host else 1
-            self._reader = ThreadPoolExecutor(max_workers=count, thread_name_prefix="overflowml-reader")
+            self._reader = Workers(count, "overflowml-reader")
         with self._lock:
             self._end = 0
             self._prefetch(0)
@@ -122,7 +122,7 @@ class Streamer:
     def close(self) -> None:
         """Free the staging buffer; all blocks are at home afterwards. A second call does nothing."""
         if self._reader is not None:
-            self._reader.shutdown(wait=True, cancel_futures=True)
+            self._reader.close()
             self._reader = None
         if self.is_open:
             self.device.synchronize()
@@ -158,7 +158,7 @@ class Streamer:
                 self._successor[self._previous] = k
             self._previous = k
         try:
-            if request.issued is not AT_ONCE:
+            if not request.done.is_open:
                 self._await_issue(request)
             if request.error is not None:
                 raise request.error
@@ -285,7 +285,7 @@ class Streamer:
                     return
                 slot = slot or self._slot_at(k, place)
                 under = self._under(slot, free)
-                if self._reader is None or all(other.request is None or other.request.issued.is_set() for other in under):
+                if self._reader is None or all(other.request is None or other.request.done.is_open for other in under):
                     self._send(slot, free, under)
                 if free < nbytes:
                     return
@@ -331,7 +331,7 @@ class Streamer:
         if self._reader is not None:
             slot.over += [(other.place, other.free) for other in under]
             # What a read under way put an end to is not waited for by any copy so far; of all else the copies before this one waited.
-            reads = [other for other in self._live if other.request is not None and not other.request.issued.is_set()]
+            reads = [other for other in self._live if other.request is not None and not other.request.done.is_open]
             ended = [over for other in reads for over in other.over if slot.place.overwrites(over[0], sent_bytes, upto_bytes)]
             slot.over += ended
             after += [free for _, free in ended]
@@ -339,15 +339,14 @@ class Streamer:
             self._drop(other)
         request = slot.request
         if request is None:
-            request = COPIED if reader is None else Request(threading.Event(), partial(self._read, home, slot, after))
+            request = COPIED if reader is None else Request(partial(self._read, home, slot, after))
             slot.request = request
             self._live.append(slot)
             self._held[k] = slot
             self.streamed_bytes += home.slab.nbytes
         slot.sent_bytes = upto_bytes
         if reader is not None:
-            reader.submit(request.carry_out)
-            request.is_handed_over = True
+            reader.submit(request)
         elif home.host is not None:
             try:
                 if upto_bytes - sent_bytes < home.slab.nbytes:
@@ -355,8 +354,8 @@ class Streamer:
                 else:
                     self.device.copy(slot.target, home.host, after, slot.ready)
             except Exception as error:  # noqa: BLE001 -- raised when the block is called
-                request = slot.request = Request(AT_ONCE)
-                request.error = error.with_traceback(None)  # which would keep what is computed now until the block is called
+                # Its traceback would keep what is computed now until the block is called.
+                request = slot.request = Request.at_once(error.with_traceback(None))
         return request
 
     def _needs_reader(self, home: Home) -> bool:
@@ -368,9 +367,7 @@ class Streamer:
             self.feeder.feed(home, slot.target, after, slot.ready)
 
     def _await_issue(self, request: Request | None) -> None:
-        if request is not None and not request.issued.is_set():
+        if request is not None and not request.done.is_open:
             started = time.perf_counter()
-            if not request.is_handed_over:
-                request.carry_out()  # an interrupt, or no thread to start: nobody else would
-            request.issued.wait()
+            request.wait()
             self.stall_s += time.perf_counter() - started

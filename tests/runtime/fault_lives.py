@@ -65,7 +65,7 @@ class BareLife:
         self._engine: Engine | None = None
 
     def _look(self) -> dict[str, object]:
-        return {name: snapshot(module) for name, module in self._modules.items()}
+        return {name: (snapshot(module), _attributes(module)) for name, module in self._modules.items()}
 
     @property
     def steps(self) -> Mapping[str, Callable[[], torch.Tensor | None]]:
@@ -99,3 +99,8 @@ class BareLife:
                 if not torch.equal(parameter, wanted.get_parameter(path)):
                     return f"{name}.{path} has another value"
         return ""
+
+
+def _attributes(module: nn.Module) -> list[tuple[set[str], list[object]]]:
+    parts = list(module.modules())
+    return [(set(vars(part)), [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]) for part in parts]

@@ -16,10 +16,11 @@ from overflowml_core.runtime.device import StreamDevice
 from overflowml_core.runtime.open_file import OpenFile
 from tests.runtime.build import TIMEOUT_S, same
 from tests.runtime.conftest import Virtual
+from tests.runtime.interrupts import Interrupter
 from tests.vdevice import Faults
 
 KINDS = ("alloc", "copy", "pin", "read", "thread", "event")
-MOST_POINTS = 20_000
+MOST_POINTS = 100_000
 INJECTED = "injected fault"
 """What every error that is injected says, and every error that it leads to has to pass on."""
 
@@ -131,7 +132,7 @@ class Sweep:
         for k in range(1, MOST_POINTS, stride):
             before = self._level()
             self._name = f"{self._kind} {k} in {self._stage}"
-            if not self._attempt(Injector(self._vgpu, self._kind, k)):
+            if not self._attempt(Interrupter(k) if self._kind == "interrupt" else Injector(self._vgpu, self._kind, k)):
                 return self.tally
             self._settle(before)
         self._note(f"there are more than {MOST_POINTS} points")
@@ -145,7 +146,7 @@ class Sweep:
             self._most_bytes = max(self._most_bytes, self._level()[0] - before[0])
         self._note(life.remainder())
 
-    def _attempt(self, injector: Injector) -> bool:
+    def _attempt(self, injector: Injector | Interrupter) -> bool:
         base_bytes, life = self._level()[0], self._subject.begin()
         for stage in self._needed():
             work = life.steps[stage]
@@ -180,12 +181,14 @@ class Sweep:
         at = stages.index(self._stage)
         return [stage for k, stage in enumerate(stages) if k in (0, at - 1, at, at + 1, len(stages) - 1)]
 
-    def _fail(self, work: Callable[[], torch.Tensor | None], injector: Injector | None = None) -> tuple[str, torch.Tensor | None]:
+    def _fail(
+        self, work: Callable[[], torch.Tensor | None], injector: Injector | Interrupter | None = None
+    ) -> tuple[str, torch.Tensor | None]:
         """What an attempt says of its failure, and what it gives; no frame of it is kept alive."""
         try:
             with contextlib.nullcontext() if injector is None else injector.at_work():
                 return "", work()
-        except (RuntimeError, OverflowmlError) as error:
+        except (RuntimeError, OverflowmlError, KeyboardInterrupt) as error:
             if INJECTED not in str(error):
                 self._note(repr(error))
             return str(error), None

@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections.abc import Callable
 
+from overflowml_core.runtime.jobs import Latch
+
 NOW, SOON, SOMETIME = 0, 1, 2
 """Urgencies: somebody waits for it; it is expected to be asked for; there is room for it."""
 
@@ -20,14 +22,14 @@ class Job:
         self.urgency = urgency
         self.error: BaseException | None = None
         self._work: Callable[[], None] | None = work
-        self._done = threading.Event()
+        self._done = Latch()
         self._lock = threading.Lock()
         self._taken = False
 
     @property
     def is_done(self) -> bool:
         """Whether it was carried out, with or without an error."""
-        return self._done.is_set()
+        return self._done.is_open
 
     def wait(self) -> None:
         """Wait until it was carried out."""
@@ -46,7 +48,7 @@ class Job:
             self.error = error
         finally:
             self._work = None  # which may hold memory
-            self._done.set()
+            self._done.open()
 
     def give_up(self) -> bool:
         """Take it out of everybody's hands, where nobody has begun with it; False where it is too late for that."""
@@ -55,7 +57,7 @@ class Job:
                 return False
             self._taken = True
         self._work = None
-        self._done.set()
+        self._done.open()
         return True
 
 
@@ -63,19 +65,21 @@ class _Queue:
     """What the threads have in common; they hold nothing else, so that whoever asks them may be dropped."""
 
     def __init__(self) -> None:
-        self.condition = threading.Condition()
+        # Taken through the lock itself: see note [interrupts] in jobs.py.
+        self.lock = threading.RLock()
+        self.condition = threading.Condition(self.lock)
         self.waiting: list[tuple[int, int, Job]] = []
         self.count = 0
         self.is_closed = False
 
     def put(self, job: Job) -> None:
-        with self.condition:
+        with self.lock:
             self.count += 1
             heapq.heappush(self.waiting, (job.urgency, self.count, job))
             self.condition.notify()
 
     def close(self) -> None:
-        with self.condition:
+        with self.lock:
             self.is_closed = True
             left, self.waiting = self.waiting, []
             self.condition.notify_all()
