@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from overflowml_core.runtime.gradients import refuse_gradients
 from overflowml_core.runtime.leaves import modules_around
 from overflowml_core.runtime.phase import Phase, Stay
 from overflowml_core.runtime.structure import Structure
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 def hook_phase(
@@ -33,7 +36,8 @@ def hook_phase(
     handles: list[RemovableHandle | Uncompiled] = []
     hook_blocks(phase, bring)
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # Hooks that are taken off while one before them waits are still called, and without keywords: torch forgot that they want them.
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NONE) -> None:
         if not phase.is_present:
             bring(phase)
         phase.streamer.begin_pass()
@@ -71,7 +75,7 @@ def unhook_blocks(phase: Phase) -> None:
 def _hook_block(phase: Phase, k: int, module: nn.Module, bring: Callable[[Phase], None]) -> HookPair:
     # Through the phase, which has another streamer after a cast.
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = _NONE) -> None:
         if not phase.is_present:
             bring(phase)
             if phase.stay is Stay.AWAY:
