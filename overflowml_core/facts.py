@@ -77,6 +77,7 @@ class Experts:
         dense_bytes: slab bytes of the block without its routed experts; 0 where nobody laid them out.
         separable: experts can wait apart from their block. Not those of classes that read the whole stack in a forward of their own.
         heat: share of the tokens that go to each expert, ``per_token`` in all, where a run was recorded; else empty.
+        matrices: of one expert, those that formats may convert, by their shapes; empty where nobody knows them.
     """
 
     count: int
@@ -85,6 +86,7 @@ class Experts:
     dense_bytes: int = 0
     separable: bool = True
     heat: tuple[float, ...] = ()
+    matrices: tuple[Linear, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

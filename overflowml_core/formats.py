@@ -48,6 +48,7 @@ class Format:
         dtypes: from which it converts.
         decoding_bytes: of memory for each element of a weight while it is decoded for a product; 0 where the kernel decodes on the way.
         row_multiple, column_multiple: what its kernel takes: rows and columns are multiples of these.
+        kernel_dtypes: of experts' matrices that the compute tier multiplies with without decoding them, as layers of the format do.
         missing: what keeps this machine from converting weights into it, and what would help; empty where nothing does. It is planned with
             in forecasts only then.
     """
@@ -63,6 +64,7 @@ class Format:
     decoding_bytes: int = 0
     row_multiple: int = 1
     column_multiple: int = 1
+    kernel_dtypes: tuple[str, ...] = ()
     missing: str = ""
 
     def slab_bytes(self, rows: int, columns: int) -> int:

@@ -10,7 +10,7 @@ from overflowml_core.errors import OverflowmlError
 from overflowml_core.facts import Block, Component, Experts, Linear, Network
 from overflowml_core.work import WORK_KINDS, BlockWork, PassProfile, Variant, Work
 
-NETWORK_SCHEMA = 3
+NETWORK_SCHEMA = 4
 """Version of the JSON form. A profile of another version is made again, so it changes with every field."""
 
 LARGEST_NETWORK_CHARS = 256 * 2**20
@@ -67,13 +67,17 @@ def _block(block: Block) -> list[Any]:
         block.linear_count,
         None if block.experts is None else _bank(block.experts),
         [_block(leaf) for leaf in block.leaves],
-        [[linear.rows, linear.columns, linear.dtype, linear.count] for linear in block.linears],
+        _linears(block.linears),
     ]
+
+
+def _linears(linears: tuple[Linear, ...]) -> list[list[Any]]:
+    return [[linear.rows, linear.columns, linear.dtype, linear.count] for linear in linears]
 
 
 def _bank(experts: Experts) -> list[Any]:
     # Heat belongs to what a model was asked, not to the model: it is kept apart and filled in by whoever plans.
-    return [experts.count, experts.nbytes, experts.per_token, experts.dense_bytes, experts.separable]
+    return [experts.count, experts.nbytes, experts.per_token, experts.dense_bytes, experts.separable, _linears(experts.matrices)]
 
 
 def _work(work: Work) -> list[Any]:
@@ -147,15 +151,18 @@ def _read_block(block: list[Any]) -> Block:
         linear_count=_count(linear_count),
         experts=None if experts is None else _read_bank(experts),
         leaves=tuple(_read_block(leaf) for leaf in _list(leaves)),
-        linears=tuple(
-            Linear(_count(rows), _count(columns), _is(str, dtype), _count(count)) for rows, columns, dtype, count in _list(linears)
-        ),
+        linears=_read_linears(linears),
     )
 
 
 def _read_bank(bank: list[Any]) -> Experts:
-    count, nbytes, per_token, dense_bytes, separable = _list(bank)
-    return Experts(_count(count), _count(nbytes), _count(per_token), _count(dense_bytes), _is(bool, separable))
+    count, nbytes, per_token, dense_bytes, separable, matrices = _list(bank)
+    shapes = _read_linears(matrices)
+    return Experts(_count(count), _count(nbytes), _count(per_token), _count(dense_bytes), _is(bool, separable), matrices=shapes)
+
+
+def _read_linears(linears: object) -> tuple[Linear, ...]:
+    return tuple(Linear(_count(rows), _count(columns), _is(str, dtype), _count(count)) for rows, columns, dtype, count in _list(linears))
 
 
 def _read_dtypes(pairs: object) -> tuple[tuple[str, int], ...]:

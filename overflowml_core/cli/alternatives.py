@@ -12,6 +12,8 @@ NOT_CARRIED_OUT = "(not carried out by this version)"
 
 _ABILITIES = {"experts": "experts", "devices": "devices", "cpu": "devices"}
 """What a kind of strategy needs beyond residency and streaming, as plugins and the session name it."""
+_CONVERTED = frozenset({"fp8", "int8"})
+"""Formats into which experts are converted."""
 _VARIANTS = ("slicing", "tiling", "slicing+tiling")
 """What stands in a strategy's name and is no format."""
 
@@ -73,6 +75,6 @@ def carried_out(strategy: str) -> bool:
     kind, *rest = strategy.split()
     needs = {_ABILITIES[kind]} if kind in _ABILITIES else set()
     needs |= {"variants" if word in _VARIANTS else "formats" for word in rest}
-    if kind == "experts" and "formats" in needs:
-        needs.add("formats of experts")
+    if kind == "experts" and not _CONVERTED & set(rest):
+        needs |= {"formats of experts"} if "formats" in needs else set()
     return needs <= session.abilities_of(False)

@@ -75,6 +75,41 @@ def weigh(block: Block, chosen: Format | None) -> Weight:
     return Weight(chosen.name, change.slab_bytes, expert_bytes, conversion, workspace_bytes, dense_bytes)
 
 
+def weigh_apart(block: Block, chosen: Format | None) -> Weight:
+    """A block whose routed experts wait apart from it, these in a format.
+
+    The format is the experts' alone: they are nearly all that moves, and dense weights that stay on the device would only be slower for it.
+    Bytes of an expert are exact: those of the record that the runtime lays out. Where the shapes of an expert's matrices are not known, the
+    block is weighed as a whole.
+
+    Args:
+        block: as it is stored.
+        chosen: the format, None to leave it as it is.
+    """
+    experts = block.experts
+    if chosen is None or experts is None or not experts.matrices or not chosen.parts:
+        return weigh(block, chosen)
+    as_stored = weigh(block, None)
+    converted = [one for one in experts.matrices if chosen.converts(one.rows, one.columns, one.dtype)]
+    if block.keep_format or not converted:
+        return as_stored
+    before = [one.rows * one.columns * ELEMENT_BYTES[one.dtype] for one in converted]
+    saved = [align(nbytes) - chosen.slab_bytes(one.rows, one.columns) for one, nbytes in zip(converted, before, strict=True)]
+    expert_bytes = experts.nbytes - sum(one.count * nbytes for one, nbytes in zip(converted, saved, strict=True))
+    # Of what a token reads of the block, its experts shrink.
+    share = experts.per_token * experts.nbytes / (experts.per_token * experts.nbytes + as_stored.dense_bytes)
+    has_kernel = all(one.dtype in chosen.kernel_dtypes for one in converted)
+    decode_bytes_per_s = 0.0 if has_kernel else chosen.decode_bytes_per_s / share
+    return Weight(
+        format=chosen.name,
+        slab_bytes=as_stored.dense_bytes + experts.count * expert_bytes,
+        expert_bytes=expert_bytes,
+        conversion=Conversion(1 - share * (1 - expert_bytes / experts.nbytes), decode_bytes_per_s),
+        workspace_bytes=align(max(one.rows * one.columns for one in converted) * chosen.decoding_bytes),
+        dense_bytes=as_stored.dense_bytes,
+    )
+
+
 def _dense_bytes(block: Block) -> int:
     experts = block.experts
     if experts is None:

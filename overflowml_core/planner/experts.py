@@ -8,6 +8,7 @@ from dataclasses import replace
 from overflowml_core.facts import Tier
 from overflowml_core.planner import reasons
 from overflowml_core.planner.candidates import EXPERT_FORMATS, Candidate, requirements, settled, whole_residency
+from overflowml_core.planner.conversion import weigh_apart
 from overflowml_core.planner.estimates import forecast, whole
 from overflowml_core.planner.expert_pace import expert_forecast, slot_bytes
 from overflowml_core.planner.homes import Draft, PhaseHomes, assign, spread_within
@@ -22,12 +23,16 @@ _LEAST_SLOTS = 2
 
 def expert_candidate(setting: Setting, recipe: Recipe) -> Candidate | None:
     """Expert offload with weights in a format; None where the network has no routed experts or everything fits without."""
-    needs = phase_needs(setting.network, setting.limits, recipe)
-    routed = [need for need in needs if _routed(need)]
-    if not routed or any(need.whole_bytes <= setting.budget.device_bytes for need in routed):
+    together = phase_needs(setting.network, setting.limits, recipe)
+    if not any(_routed(need) for need in together):
         return None
-    converted = any(need.weights[index].format for need in routed for index in _apart(need))
-    required = {"experts"} | requirements(recipe) | ({EXPERT_FORMATS} if converted else set())
+    # In their blocks stacked experts stay as they are stored: whether everything fits is asked of them so.
+    if any(_routed(need) and need.whole_bytes <= setting.budget.device_bytes for need in together):
+        return None
+    needs = [_with_experts_apart(need, setting, recipe) for need in together]
+    routed = [need for need in needs if _routed(need)]
+    forecast_only = any(need.weights[index].format and not _is_exact(need, index) for need in routed for index in _apart(need))
+    required = {"experts"} | requirements(recipe) | ({EXPERT_FORMATS} if forecast_only else set())
     candidate = Candidate("experts", recipe, setting, requires=frozenset(required))
     drafts = []
     for need in needs:
@@ -49,6 +54,29 @@ def expert_candidate(setting: Setting, recipe: Recipe) -> Candidate | None:
     )
     candidate.estimate = whole(drafts, candidate.forecasts, False)
     return candidate
+
+
+def _with_experts_apart(need: PhaseNeed, setting: Setting, recipe: Recipe) -> PhaseNeed:
+    """A phase in which a format is that of the experts alone, in blocks where these can be kept apart."""
+    if recipe.format is None or not _routed(need):
+        return need
+    weights = list(need.weights)
+    for index, (component, block) in enumerate(need.blocks):
+        experts = block.experts
+        if need.owners[index] == index and experts is not None and experts.separable and component in recipe.components:
+            weights[index] = weigh_apart(block, recipe.format)
+    decoding_bytes = 0
+    if setting.limits.reserve_bytes is None:
+        decoding_bytes = max((weight.workspace_bytes for weight in weights), default=0)
+    activation_bytes = need.activation_bytes - need.decoding_bytes + decoding_bytes
+    sizes_bytes = tuple(weight.slab_bytes if need.owners[i] == i else 0 for i, weight in enumerate(weights))
+    return replace(need, weights=tuple(weights), sizes_bytes=sizes_bytes, activation_bytes=activation_bytes, decoding_bytes=decoding_bytes)
+
+
+def _is_exact(need: PhaseNeed, index: int) -> bool:
+    """Whether the bytes of experts in a format are those of records that the runtime makes, and no estimate."""
+    experts = need.blocks[index][1].experts
+    return experts is not None and bool(experts.matrices)
 
 
 def _routed(need: PhaseNeed) -> bool:

@@ -9,7 +9,7 @@ from overflowml_core.errors import PlanMismatch
 from overflowml_core.facts import Block, Machine, Network, PassProfile, Tier
 from overflowml_core.formats import Format
 from overflowml_core.plan import PhasePlan, Placement, Plan
-from overflowml_core.planner.conversion import Weight, weigh
+from overflowml_core.planner.conversion import Weight, weigh, weigh_apart
 from overflowml_core.planner.cost import Conversion
 from overflowml_core.planner.homes import Draft, PhaseHomes
 from overflowml_core.planner.leaves import as_placed
@@ -83,7 +83,7 @@ def _weight(block: Block, place: Placement, formats: dict[str, Format]) -> Weigh
         return weigh(block, None)
     known = formats.get(place.format)
     if known is not None:
-        return weigh(block, known)
+        return weigh(block, known) if place.experts_home is None else weigh_apart(block, known)
     as_stored = weigh(block, None)
     element_bytes = block.stored_bytes // block.weight_count if block.weight_count else 2
     linear_bytes = min(block.linear_count * element_bytes, block.stored_bytes)

@@ -11,7 +11,7 @@ from overflowml_core.formats import Format
 from overflowml_core.plan import Budget, PhasePlan, Placement, Plan, Rejected
 from overflowml_core.planner import judge, leaves, reasons, sentences
 from overflowml_core.planner.candidates import Candidate, plain_candidates
-from overflowml_core.planner.conversion import weigh
+from overflowml_core.planner.conversion import weigh, weigh_apart
 from overflowml_core.planner.devices import cpu_candidate, split_candidate
 from overflowml_core.planner.estimates import PhaseForecast
 from overflowml_core.planner.experts import expert_candidate
@@ -82,7 +82,9 @@ def _recipes(setting: Setting) -> list[Recipe]:
     _, heaviest = max(phases, key=lambda phase: sum(c.weight_bytes for c in phase[1]), default=("", ()))
     found = [AS_IS]
     for one in setting.formats:
-        smaller = frozenset(c.name for c in setting.network.components if any(weigh(b, one).format for b in c.blocks))
+        smaller = frozenset(
+            c.name for c in setting.network.components if any(weigh(b, one).format or weigh_apart(b, one).format for b in c.blocks)
+        )
         scopes = dict.fromkeys((smaller, smaller & frozenset(c.name for c in heaviest)))
         found += [Recipe(one, scope) for scope in scopes if scope]
     return found

@@ -8,14 +8,14 @@ from overflowml_core.facts import Limits, Machine, Network, Workload
 from overflowml_core.formats import Format
 from overflowml_core.machine import Rates
 from overflowml_core.plan import Budget
-from overflowml_core.planner.cost import Costs
+from overflowml_core.planner.cost import Conversion, Costs
 from overflowml_core.planner.memory import resolve_budget
 from overflowml_core.planner.needs import PhaseNeed
 from overflowml_core.planner.residency import Residency
 from overflowml_core.planner.rounds import Round, rounds_of
 from overflowml_core.planner.stage import rates_of
 
-RoundsKey = tuple[str, frozenset[tuple[str, str]], str]
+RoundsKey = tuple[str, frozenset[tuple[str, str, Conversion]], str]
 
 
 @dataclass(slots=True)
@@ -80,6 +80,7 @@ def on_cpu(setting: Setting) -> Setting:
 
 
 def key_of(need: PhaseNeed) -> RoundsKey:
-    """What tells a phase in its formats and variant from another."""
-    formats = frozenset((name, weight.format) for (name, _), weight in zip(need.blocks, need.weights, strict=True) if weight.format)
+    """What tells a phase in its formats and variant from another. A format that is of a block's experts alone costs something else."""
+    pairs = zip(need.blocks, need.weights, strict=True)
+    formats = frozenset((name, weight.format, weight.conversion) for (name, _), weight in pairs if weight.format)
     return need.name, formats, need.variant

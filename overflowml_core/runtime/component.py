@@ -5,14 +5,15 @@ Reads shapes and dtypes only, as ``structure`` does.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from overflowml_core.facts import Block, Component, Experts, TensorFact, tensors_fingerprint
+from overflowml_core.facts import Block, Component, Experts, Linear, TensorFact, tensors_fingerprint
 from overflowml_core.layout import align, slab_bytes
-from overflowml_core.runtime.experts.bank import banks_of, without
+from overflowml_core.runtime.experts.bank import Bank, banks_of, without
 from overflowml_core.runtime.leaves import leaf_units
 from overflowml_core.runtime.linears import linears_of
 from overflowml_core.runtime.parts import Part, is_known, is_plain, label, parts_of
@@ -144,13 +145,21 @@ def _experts(unit: Unit, routing: tuple[int, int] | None) -> Experts | None:
     count, per_token = routing
     banks = banks_of(unit, count)
     if len(banks) == 1 and banks[0].count >= per_token:
-        return Experts(banks[0].count, banks[0].record_bytes, per_token, without(unit, banks).slab_bytes)
+        bank = banks[0]
+        return Experts(bank.count, bank.record_bytes, per_token, without(unit, banks).slab_bytes, matrices=_matrices(bank))
     inside = {id(weight): weight.nbytes for weight in _inseparable(unit, unit.module, count)}
     nbytes = sum(inside.values())
     if not nbytes:
         return None
     dense = slab_bytes(part.nbytes for weight in unit.weights if id(weight) not in inside for part in weight.parts)
     return Experts(count, nbytes // count, per_token, dense, separable=False)
+
+
+def _matrices(bank: Bank) -> tuple[Linear, ...]:
+    """The matrices of one expert that formats may convert, by shape and dtype, sorted."""
+    dtypes = (DTYPE_NAMES.get(weight.parameter.dtype, str(weight.parameter.dtype)) for weight in bank.weights_of(0))
+    counts = Counter((*shape, dtype) for shape, dtype in zip(bank.matrices, dtypes, strict=True) if shape is not None)
+    return tuple(Linear(rows, columns, dtype, count) for (rows, columns, dtype), count in sorted(counts.items()))
 
 
 def _inseparable(unit: Unit, module: nn.Module, count: int) -> list[Weight]:

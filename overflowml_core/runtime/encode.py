@@ -88,14 +88,27 @@ def encoded(structure: Structure, formats: Mapping[str, str], codecs: Mapping[st
 
 
 def _encoded(unit: Unit, name: str, codecs: Mapping[str, Codec], loading: Loading | None) -> Unit:
-    if name == AS_STORED:
-        return unit
-    codec = codecs.get(name)
+    codec = codec_for(unit.name, name, codecs)
     if codec is None:
-        raise PlanMismatch(
-            f"{unit.name}: the plan has it in {name}, into which no plugin converts weights here; make a plan on this machine"
-        )
+        return unit
     return replace(unit, weights=tuple(_encoded_weight(weight, codec, loading) for weight in unit.weights))
+
+
+def codec_for(block: str, name: str, codecs: Mapping[str, Codec]) -> Codec | None:
+    """What converts into the format that a plan has a block in; None where it stays as it is stored.
+
+    Args:
+        block: its name, for messages.
+        name: of the format.
+        codecs: by name of the format.
+
+    Raises:
+        PlanMismatch: nobody converts into it.
+    """
+    codec = codecs.get(name)
+    if codec is None and name != AS_STORED:
+        raise PlanMismatch(f"{block}: the plan has it in {name}, into which no plugin converts weights here; make a plan on this machine")
+    return codec if name != AS_STORED else None
 
 
 def _encoded_weight(weight: Weight, codec: Codec, loading: Loading | None) -> Weight:

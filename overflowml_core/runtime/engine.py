@@ -26,7 +26,7 @@ from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.edits import Edits
 from overflowml_core.runtime.elastic import Elastic
 from overflowml_core.runtime.encode import encoded, show_originals
-from overflowml_core.runtime.experts.apart import take_out
+from overflowml_core.runtime.experts.apart import dense_format, take_out
 from overflowml_core.runtime.experts.side import ExpertSide
 from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
 from overflowml_core.runtime.forks import refusal, tell_of_fork
@@ -129,12 +129,12 @@ class Engine:
     def _build(self, modules: Mapping[str, nn.Module], loading: Loading | None, progress: Progress | None) -> None:
         formats: dict[str, dict[str, str]] = {name: {} for name in modules}
         for place in self.plan.placements():
-            formats.setdefault(place.component, {})[place.block] = place.format
+            formats.setdefault(place.component, {})[place.block] = dense_format(place)
         structures = {
             name: encoded(taken_apart(dissect(module), formats[name]), formats[name], self._codecs, loading)
             for name, module in modules.items()
         }
-        structures, apart = take_out(structures, self.plan, self.network)
+        structures, apart = take_out(structures, self.plan, self.network, self._codecs)
         self._hooks += show_originals(structures, self._original)
         placed = [place for phase_plan in self.plan.phases for place in match(phase_plan, structures)]
         total = sum(unit.slab_bytes for unit, _, home_tier in placed if comes_in(unit, home_tier, loading))
@@ -371,8 +371,7 @@ class Engine:
         if self._is_forked:
             raise refusal()
         with self._switch, torch.inference_mode(False), torch.no_grad():
-            if self._turns.is_inside():
-                raise Unsupported("the model is given back inside a call of it, which needs its weights; release it when the call is over")
+            self._turns.refuse_inside()
             self._turns.take(None)
             if self._detached:
                 return

@@ -83,9 +83,14 @@ class Turns:
             return False
         return True
 
-    def is_inside(self) -> bool:
-        """Whether the calling thread is inside a call of a phase."""
-        return any(_depth(sys._getframe(), phase.modules) for phase in self._phases)
+    def refuse_inside(self) -> None:
+        """Let only those end the model who are not inside a call of it.
+
+        Raises:
+            Unsupported: the calling thread is.
+        """
+        if any(_depth(sys._getframe(), phase.modules) for phase in self._phases):
+            raise Unsupported("the model is given back inside a call of it, which needs its weights; release it when the call is over")
 
     def _must_wait(self, me: int, wanted: Phase | None) -> bool:
         present = self.present

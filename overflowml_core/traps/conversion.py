@@ -41,13 +41,17 @@ def _component_with(phase: PhasePlan, network: Network) -> Component | None:
 def _fp8_windows_step(plan: Plan, network: Network, machine: Machine) -> Step | None:
     if "windows" not in machine.environment:
         return None
-    moved = [p for p in plan.placements() if p.format == _FP8 and (p.tier is not Tier.DEVICE or p.home is not Tier.DEVICE)]
+    moved = [p for p in plan.placements() if p.format == _FP8 and (p.tier is not Tier.DEVICE or _has_home_outside(p))]
     if not moved:
         return None
     tiers = [(_FP8, tier.value) for tier in (Tier.PINNED, Tier.RAM, Tier.DISK)]
     return Step(
         tuple(tiers), f"{len(moved)} blocks in FP8 are to be moved to the device while it runs, on Windows ({moved[0].block} first)"
     )
+
+
+def _has_home_outside(placement: Placement) -> bool:
+    return placement.home is not Tier.DEVICE or placement.experts_home is not None
 
 
 def _fp8_mps_step(plan: Plan, network: Network, machine: Machine) -> Step | None:
@@ -75,16 +79,19 @@ def _kept_relevance(plan: Plan, network: Network, machine: Machine) -> str:
     return f"{len(kept)} blocks lose too much in {' or '.join(sorted(formats))} ({kept[0].name} is one): they stay as they are stored"
 
 
-def _experts_bytes(block: Block) -> int:
-    """Bytes of routed experts that are no linear layers, so that no format converts them."""
+def _experts_bytes(placement: Placement, block: Block) -> int:
+    """Bytes of routed experts that are no linear layers, so that no format converts them in their block; apart from it they are what a
+    format is of."""
     if block.experts is None or block.linear_count >= block.weight_count:
+        return 0
+    if placement.experts_home is not None and block.experts.matrices:
         return 0
     return block.experts.count * block.experts.nbytes
 
 
 def _experts_step(plan: Plan, network: Network, machine: Machine) -> Step | None:
     for placement, block in _converted(plan, network):
-        kept = _experts_bytes(block)
+        kept = _experts_bytes(placement, block)
         if placement.stored_bytes < kept:
             reason = (
                 f"{placement.component}.{block.name} is to take {format_bytes(placement.stored_bytes)} in {placement.format}, but "
@@ -95,7 +102,7 @@ def _experts_step(plan: Plan, network: Network, machine: Machine) -> Step | None
 
 
 def _experts_relevance(plan: Plan, network: Network, machine: Machine) -> str:
-    stacked = sum(_experts_bytes(block) for _, block in _converted(plan, network))
+    stacked = sum(_experts_bytes(placement, block) for placement, block in _converted(plan, network))
     return (
         f"{format_bytes(stacked)} are stacked experts, which quantizers leave as they are: the plan counts them in full" if stacked else ""
     )

@@ -34,6 +34,10 @@ CPU_DECODE_BYTES_PER_S = {"fp8": 0.55e9, "int8": 1.6e9}
 """bfloat16 bytes decoded a second on two cores of a cloud machine with torchao 0.18: what a product of 512 x 3072 by 3072 x 3072 takes
 longer than in bfloat16. There is no INT4 kernel for every CPU, so INT4 is left out there."""
 
+CPU_KERNEL_DTYPES = {"int8": ("BF16",)}
+"""In which torch multiplies with INT8 weights on processors without decoding them first (``_weight_int8pack_mm``); the layers that torchao
+makes do not use it."""
+
 _DECODED_SHARE_OF_TRAFFIC = 2 / 3
 """A weight of one byte is read once and written once as two bytes before the product reads it: of three bytes that pass the memory two are
 decoded weights. What the product itself reads is counted by the cost model already."""
@@ -54,6 +58,7 @@ def overflowml_formats(machine: Machine) -> list[Format]:
             note="torchao weight-only",
             parts=PARTS.get(name, ()),
             decoding_bytes=DECODING_BYTES if name in PARTS else 0,
+            kernel_dtypes=CPU_KERNEL_DTYPES.get(name, ()) if on_cpu else (),
             missing=_missing(name),
         )
         for name, bits in BITS.items()

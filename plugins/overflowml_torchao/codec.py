@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
@@ -11,8 +12,11 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
+from overflowml_core.codec import Kernel
 from overflowml_core.formats import Format
 from overflowml_core.runtime.parts import parts_of, rebuilt
+
+_log = logging.getLogger("overflowml")
 
 _STRETCH_COUNT = 4 * 2**20
 """Weights that are converted at once: torchao holds several copies in float32 meanwhile, 32 bytes a weight at most."""
@@ -58,6 +62,20 @@ class TorchaoCodec:
         quantize_(nn.Sequential(linear), _CONFIGS[self.format.name]())
         return linear.weight.data
 
+    def decode(self, parts: Mapping[tuple[str, ...], torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """A weight from its parts, as torchao's ``dequantize`` has it bit for bit, in a tenth of the time that it takes."""
+        values = parts["qdata",]
+        if values.is_floating_point():
+            values = values.to(torch.float32)
+        return torch.mul(values, parts["scale",]).to(dtype)
+
+    def kernel(self, device_type: str, dtype: torch.dtype) -> Kernel | None:
+        """torch's product with INT8 weights on processors, which is fast in bfloat16 alone (torch 2.13, one token: seven times as fast as
+        decoding, in float32 half as fast). On accelerators decoding a matrix is little beside having it brought in."""
+        if self.format.name != "int8" or device_type != "cpu" or dtype is not torch.bfloat16:
+            return None
+        return _INT8 if _int8_works() else None
+
     def works(self) -> bool:
         """Whether this torchao makes the parts that the planner was told of, of values as of none, and multiplies with them."""
         rows, columns = _PROBE
@@ -67,6 +85,33 @@ class TorchaoCodec:
             return False
         product = nn.functional.linear(torch.ones(1, columns, dtype=torch.bfloat16), made)
         return bool((product == columns).all())
+
+
+def _multiply_int8(x: torch.Tensor, parts: Mapping[tuple[str, ...], torch.Tensor]) -> torch.Tensor:
+    return torch._weight_int8pack_mm(x.contiguous(), parts["qdata",], parts["scale",].view(-1).to(x.dtype))
+
+
+_INT8 = Kernel("torch._weight_int8pack_mm", _multiply_int8)
+
+
+@lru_cache(maxsize=1)
+def _int8_works() -> bool:
+    """Whether this torch has the kernel under its private name, and it multiplies as it should."""
+    rows, columns = _PROBE
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, columns, generator=generator).to(torch.bfloat16)
+    values = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    scales = torch.rand(rows, 1, generator=generator) + 0.5
+    try:
+        found = _multiply_int8(x, {("qdata",): values, ("scale",): scales})
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        _log.info("experts in int8 are decoded for each product: torch._weight_int8pack_mm cannot be used here (%s)", error)
+        return False
+    expected = x.float() @ (values * scales).t()
+    is_right = bool(((found.float() - expected).norm() <= 0.02 * expected.norm()).item())
+    if not is_right:
+        _log.warning("experts in int8 are decoded for each product: torch._weight_int8pack_mm gives wrong results here")
+    return is_right
 
 
 @lru_cache(maxsize=8)

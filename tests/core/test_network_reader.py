@@ -7,7 +7,7 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from overflowml_core.facts import Block, Component, Experts, Network
+from overflowml_core.facts import Block, Component, Experts, Linear, Network
 from overflowml_core.network_reader import network_from_json, network_to_json
 from overflowml_core.work import WORK_KINDS, BlockWork, PassProfile, Variant, Work
 
@@ -18,7 +18,8 @@ WORKS = st.lists(WORK, max_size=3).map(tuple)
 BLOCK_WORK = st.builds(BlockWork, WORKS, COUNT, COUNT)
 PROFILE = st.builds(PassProfile, NAME, COUNT, COUNT, st.lists(BLOCK_WORK, max_size=3).map(tuple), WORKS, COUNT, NAME, NAME)
 DTYPES = st.lists(st.tuples(NAME, COUNT), max_size=2).map(tuple)
-EXPERTS = st.none() | st.builds(Experts, COUNT, COUNT, COUNT, COUNT, st.booleans())
+LINEARS = st.lists(st.builds(Linear, COUNT, COUNT, NAME, COUNT), max_size=2).map(tuple)
+EXPERTS = st.none() | st.builds(Experts, COUNT, COUNT, COUNT, COUNT, st.booleans(), matrices=LINEARS)
 BLOCK = st.builds(Block, NAME, COUNT, COUNT, COUNT, DTYPES, st.none() | NAME, st.booleans(), COUNT, EXPERTS)
 PROFILES = st.lists(PROFILE, max_size=2).map(tuple)
 COMPONENT = st.builds(

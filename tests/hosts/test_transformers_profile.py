@@ -14,7 +14,7 @@ import torch
 import transformers as tf
 
 from overflowml_core.errors import NotAModel
-from overflowml_core.facts import Experts, Network, PassProfile, Workload
+from overflowml_core.facts import Experts, Linear, Network, PassProfile, Workload
 from overflowml_transformers import describe, overflowml_describe, overflowml_measure, profile
 from tests.hosts import models
 
@@ -136,7 +136,8 @@ def test_a_token_reads_the_experts_that_it_is_routed_to() -> None:
     one = 3 * 32 * 16 * 2
     dense = component.blocks[0].stored_bytes - 4 * one
     rest_bytes = component.blocks[0].slab_bytes - 4 * one
-    assert [block.experts for block in component.blocks] == [Experts(4, one, 2, rest_bytes)] * 4
+    matrices = (Linear(32, 16, "BF16"), Linear(32, 32, "BF16"))
+    assert [block.experts for block in component.blocks] == [Experts(4, one, 2, rest_bytes, matrices=matrices)] * 4
     prefill, token = component.profiles
     assert sum(work.weight_bytes for work in prefill.blocks[0].works) == dense + 4 * one
     assert sum(work.weight_bytes for work in token.blocks[0].works) == dense + 2 * one
@@ -148,6 +149,8 @@ def test_biases_of_stacked_experts_belong_to_them() -> None:
     experts = component.blocks[0].experts
     # Each tensor of a record begins on the alignment of slabs: 512 bytes.
     assert (experts.count, experts.nbytes, experts.per_token) == (4, 2 * 32 * 32 + 512 + 2 * 16 * 32 + 512, 2)
+    # gpt-oss keeps inputs by outputs; a matrix is told as outputs by inputs.
+    assert experts.matrices == (Linear(32, 16, "BF16"), Linear(32, 32, "BF16"))
 
 
 def test_dense_blocks_have_no_experts_and_count_their_linear_layers() -> None:

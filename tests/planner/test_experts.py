@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from overflowml_core.errors import BadPlan, DoesNotFit
-from overflowml_core.facts import Block, Component, ComputeRate, Experts, Limits, Machine, Network, Rates, Tier, Workload
+from overflowml_core.facts import Block, Component, ComputeRate, Experts, Limits, Linear, Machine, Network, Rates, Tier, Workload
+from overflowml_core.formats import PartSize
 from overflowml_core.plan import PassEstimate, Plan
 from overflowml_core.planner import make_plan
 from overflowml_core.planner.expert_hits import asked_of
@@ -18,6 +19,7 @@ from tests.planner.build_timed import (
     ALL,
     DISK_BYTES_PER_S,
     FP8,
+    INT8,
     LINK_BYTES_PER_S,
     MEMORY_BYTES_PER_S,
     ONE_DEVICE,
@@ -241,6 +243,69 @@ def test_only_forecasts_convert_blocks_whose_experts_are_apart():
     assert done.strategy == "experts"
     other = _rejected(done)["experts fp8"]
     assert (other.viable, other.carried_out) == (True, False)
+
+
+PARTS = replace(INT8, parts=(PartSize(8), PartSize(32, 0)), decoding_bytes=8)
+MATRICES = (Linear(2048, 1024, "BF16"), Linear(1024, 1024, "BF16", 2))
+"""Of an expert of 8 MiB: 4 and twice 2."""
+
+
+def _known(net: Network, matrices: tuple[Linear, ...] = MATRICES) -> Network:
+    """The network with the matrices of its experts known, as those of models of a known class are."""
+    (part,) = net.components
+    blocks = tuple(
+        replace(b, linear_count=4, linears=(Linear(2, 2, "BF16"),), experts=replace(b.experts, matrices=matrices)) for b in part.blocks
+    )
+    return replace(net, components=(replace(part, blocks=blocks),))
+
+
+def _told_format(form, abilities=frozenset({"experts", "formats"}), net=None, **limits):
+    asked = {"device_memory": "440MiB", "quality": "minimal", **limits}
+    return _plan(net or _known(mixture()), formats=(form,), abilities=abilities, **asked)
+
+
+def test_experts_whose_matrices_are_known_are_converted_alone():
+    plan = _told_format(PARTS)
+    expert = 2048 * 1024 + 4 * 2048 + 2 * (1024 * 1024 + 4 * 1024)
+    assert plan.strategy == "experts int8"
+    assert plan.quality == "minimal"
+    assert {(p.format, p.stored_bytes) for p in plan.placements()} == {("int8", 64 * MIB)}
+    (phase,) = plan.phases
+    assert phase.expert_cache_bytes % expert == 0
+    assert _token(plan).expert_bytes == 4 * 2 * expert
+    # Room for decoding the largest matrix is kept beside what the passes take.
+    assert phase.activation_bytes == 16 * MIB + 8 * 2048 * 1024
+    assert plan.estimate.device_peak_bytes <= 440 * MIB
+
+
+def test_a_kernel_for_experts_saves_decoding_them():
+    decoded = _told_format(replace(PARTS, decode_bytes_per_s=1e9))
+    direct = _told_format(replace(PARTS, decode_bytes_per_s=1e9, kernel_dtypes=("BF16",)))
+    assert direct.strategy == "experts int8"
+    assert direct.estimate.total_s < _total_in_int8(decoded)
+    # Half of the bytes in another dtype, for which there is no kernel.
+    mixed = _known(mixture(), (MATRICES[0], Linear(1024, 1024, "F32")))
+    assert (
+        _total_in_int8(_told_format(replace(PARTS, decode_bytes_per_s=1e9, kernel_dtypes=("BF16",)), net=mixed)) > direct.estimate.total_s
+    )
+
+
+def _total_in_int8(plan):
+    return plan.estimate.total_s if plan.strategy == "experts int8" else _rejected(plan)["experts int8"].estimate.total_s
+
+
+def test_experts_that_no_format_makes_smaller_stay_as_they_are():
+    net = _known(mixture(), (Linear(8, 8, "BF16"),))
+    plan = _told_format(PARTS, net=net)
+    assert {p.format for p in plan.placements()} == {""}
+
+
+def test_converted_experts_that_all_fit_are_all_cached():
+    plan = _told_format(PARTS, net=_known(mixture(blocks=4)), device_memory="1500MiB")
+    expert = 2048 * 1024 + 4 * 2048 + 2 * (1024 * 1024 + 4 * 1024)
+    assert plan.strategy == "experts int8"
+    assert plan.phases[0].expert_cache_bytes == 4 * 64 * expert
+    assert _token(plan).missed_expert_bytes == 0
 
 
 def test_without_times_the_fewest_bytes_win():

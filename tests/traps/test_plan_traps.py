@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from overflowml_core.facts import Experts, Limits, Machine, Network, Tier, Variant
+from overflowml_core.facts import Experts, Limits, Linear, Machine, Network, Tier, Variant
 from overflowml_core.plan import Avoided, Plan
 from overflowml_core.traps import CATALOG, Objection, avoided, objections, trap_named
 from tests.traps.build import GIB, MIB, block_changes, component, machine, network, on, phase, plan, with_accelerator
@@ -96,6 +96,29 @@ def _mps(**changes) -> Machine:
 
 def _outside(name: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, tier) for tier in ("pinned", "ram"))
+
+
+def test_experts_that_wait_apart_are_what_a_format_is_of():
+    made, net, where = _formatted("int8", part=_moe())
+    (first,) = made.phases
+    apart = tuple(replace(p, experts_home=Tier.DISK) for p in first.placements)
+    moved = replace(made, phases=(replace(first, placements=apart),), fingerprint="")
+    known = replace(net, components=(_moe(matrices=(Linear(1024, 1024, "BF16"),)),))
+    trap = trap_named("stacked-experts-unconverted")
+    assert trap is not None
+    assert trap.objection(moved, net, where) is not None
+    assert trap.objection(moved, known, where) is None
+    assert trap.objection(made, known, where) is not None
+
+
+def test_experts_in_fp8_that_wait_outside_move_on_windows():
+    where = replace(machine(), environment=frozenset({"windows"}))
+    made, net, _ = _formatted("fp8", part=_moe(), where=where)
+    (first,) = made.phases
+    apart = tuple(replace(p, tier=Tier.DEVICE, home=Tier.DEVICE, experts_home=Tier.PINNED) for p in first.placements)
+    moved = replace(made, phases=(replace(first, placements=apart),), fingerprint="")
+    trap = next(one for one in CATALOG if "windows" in one.name and "fp8" in one.name)
+    assert trap.objection(moved, net, where) is not None
 
 
 CASES: dict[str, Cases] = {

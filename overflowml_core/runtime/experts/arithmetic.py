@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from overflowml_core.runtime.experts.encoded import Matrix, Operand
 
-def expert_output(module: Any, x: torch.Tensor, tensors: Sequence[torch.Tensor], normed: bool = True) -> torch.Tensor:
+
+def expert_output(module: Any, x: torch.Tensor, tensors: Sequence[Operand], normed: bool = True) -> torch.Tensor:
     """The output of one expert, before its weights of routing.
 
     Args:
@@ -32,7 +34,9 @@ def expert_output(module: Any, x: torch.Tensor, tensors: Sequence[torch.Tensor],
     return y
 
 
-def _product(x: torch.Tensor, matrix: torch.Tensor, is_transposed: bool) -> torch.Tensor:
+def _product(x: torch.Tensor, matrix: Operand, is_transposed: bool) -> torch.Tensor:
+    if isinstance(matrix, Matrix):
+        return matrix.product(x)
     return torch.mm(x.to(matrix.dtype), matrix if is_transposed else matrix.t())
 
 

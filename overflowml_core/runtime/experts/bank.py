@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
-from overflowml_core.layout import slab_bytes
+from overflowml_core.codec import Codec
+from overflowml_core.layout import align
 from overflowml_core.runtime.parts import is_plain
-from overflowml_core.runtime.structure import Unit, Weight
+from overflowml_core.runtime.structure import DTYPE_NAMES, Unit, Weight
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed")
 """What transformers' ``use_experts_implementation`` sets on every module behind its interface (5.23, integrations/moe.py)."""
@@ -32,6 +34,7 @@ class Bank:
         weights: for stacks, one a tensor, with the experts along its first dimension; for lists, all tensors of the first expert, then of
             the second, and so on.
         is_stacked: which of the two.
+        codec: converts the matrices of each expert; None where they stay as they are stored.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Bank:
     attributes: tuple[str, ...]
     weights: tuple[Weight, ...]
     is_stacked: bool
+    codec: Codec | None = None
 
     def weights_of(self, expert: int) -> tuple[Weight, ...]:
         """The weights that hold the tensors of one expert, in the order of ``attributes``."""
@@ -55,9 +59,40 @@ class Bank:
         return tuple(each // self.count if self.is_stacked else each for each in nbytes)
 
     @property
+    def matrices(self) -> tuple[tuple[int, int] | None, ...]:
+        """Of each tensor of a record outputs and inputs, in the way of a linear layer's weight; None where formats do not convert it."""
+        return tuple(self._matrix(weight) for weight in self.weights_of(0))
+
+    def _matrix(self, weight: Weight) -> tuple[int, int] | None:
+        shape = weight.parameter.shape
+        if not self.is_stacked:
+            return (shape[0], shape[1]) if weight.convertible else None
+        if len(shape) != 3 or not weight.parameter.is_floating_point():
+            return None
+        return (shape[2], shape[1]) if getattr(self.module, "is_transposed", False) else (shape[1], shape[2])
+
+    @property
+    def converted(self) -> tuple[tuple[int, int] | None, ...]:
+        """As ``matrices``, of those alone that the codec converts."""
+        if self.codec is None:
+            return (None,) * len(self.attributes)
+        names = (DTYPE_NAMES.get(weight.parameter.dtype, "") for weight in self.weights_of(0))
+        pairs = zip(self.matrices, names, strict=True)
+        return tuple(shape if shape is not None and self.codec.format.converts(*shape, name) else None for shape, name in pairs)
+
+    @property
+    def converted_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the matrices that the codec converts are converted from, each one once."""
+        pairs = zip(self.weights_of(0), self.converted, strict=True)
+        return tuple(dict.fromkeys(weight.parameter.dtype for weight, shape in pairs if shape is not None))
+
+    @property
     def record_bytes(self) -> int:
-        """Bytes of one expert, alignment included."""
-        return slab_bytes(self.tensor_bytes)
+        """Bytes of one expert as it waits and is cached, alignment included."""
+        pairs = zip(self.tensor_bytes, self.converted, strict=True)
+        return sum(
+            align(nbytes) if shape is None or self.codec is None else self.codec.format.slab_bytes(*shape) for nbytes, shape in pairs
+        )
 
 
 def banks_of(unit: Unit, count: int = 0) -> tuple[Bank, ...]:

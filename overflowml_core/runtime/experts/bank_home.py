@@ -21,7 +21,7 @@ from overflowml_core.runtime.parts import parameter_over, refit
 from overflowml_core.runtime.reader import FileReader
 from overflowml_core.runtime.slab import Slab, lay_out
 from overflowml_core.runtime.slab_content import content_of
-from overflowml_core.runtime.source import fill, is_straight, pieces_of
+from overflowml_core.runtime.source import fill, is_straight, pieces_of, values_of
 from overflowml_core.runtime.store import PackedStore
 from overflowml_core.runtime.structure import Unit
 
@@ -51,6 +51,8 @@ class BankHome:
     before: list[torch.device] = field(default_factory=list)
     slabs: list[Slab] = field(default_factory=list)
     """As the records would lie in RAM; for reading whole weights."""
+    is_converted: bool = False
+    """Records are made from the weights, which stay what they are: what somebody writes into them does not reach the records."""
     hook: Any = None
     """Of the module's states."""
 
@@ -74,7 +76,7 @@ class BankHome:
                 stand_in = parameter
             self._install(len(self.parameters), stand_in)
             self.parameters.append(stand_in)
-        if self.bank.is_stacked:
+        if self.bank.is_stacked or self.unread_bytes:
             self.hook = self.bank.module.register_state_dict_post_hook(partial(self._complete))
 
     def _install(self, number: int, parameter: nn.Parameter) -> None:
@@ -82,8 +84,12 @@ class BankHome:
         owner.module._parameters[owner.attribute] = parameter
 
     def _complete(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-        for number, attribute in enumerate(self.bank.attributes):
-            name = f"{prefix}{attribute}"
+        if self.bank.is_stacked:
+            names = list(self.bank.attributes)
+        else:
+            names = [weight.name.removeprefix(f"{self.bank.name}.") for weight in self.bank.weights]
+        for number, own in enumerate(names):
+            name = f"{prefix}{own}"
             if name in state and (state[name].is_meta or not state[name].is_contiguous()):
                 state[name] = self.values(number)
 
@@ -96,6 +102,9 @@ class BankHome:
         shown = self.parameters[number]
         if not shown.is_meta:
             return shown.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        if not self.bank.is_stacked:
+            expert, place = divmod(number, len(self.bank.attributes))
+            return values_of(self.slabs[expert].entries[place], self.reader)
         target = torch.empty(shown.shape, dtype=shown.dtype)
         flat = target.view(-1).view(torch.uint8)
         step = flat.numel() // self.bank.count
@@ -118,9 +127,11 @@ class BankHome:
         if not reads and self.unread_bytes:
             return
         for number, (weight, shown) in enumerate(zip(self.bank.weights, self.parameters, strict=True)):
-            if self.records is None and not shown.is_meta:
-                continue
             device = self.before[number]
+            if self.records is None and not shown.is_meta:
+                if self.is_converted and not weight.parameter.is_meta and shown.device != device:
+                    shown.data = shown.data.to(device)  # it waited in RAM
+                continue
             values = self.values(number).to("cpu" if device.type == "meta" else device)
             if weight.parameter.is_meta:
                 self._install(number, parameter_over(weight.parameter, {(): values}))
@@ -166,7 +177,7 @@ def bank_on_disk(
         whole = lay_out(Unit(bank.name, None, bank.weights), loading).entries
         home.show([maps.view(entry) if entry.origin is not None else None for entry in whole])
         return home
-    everything = _bank_slab(bank, slabs, size)
+    everything = bank_slab(bank, slabs, size)
     packed = open_store().slab(everything.nbytes, lambda buffer: _fill(bank, slabs, size, buffer, reader), content_of(everything, reader))
     base = packed.piece
     homes = [Home(slab, Tier.DISK, (), pieces=(Piece(base.path, base.file_offset + e * size, 0, size),)) for e, slab in enumerate(slabs)]
@@ -185,7 +196,14 @@ def _home_in_file(slab: Slab, device: Device, reader: FileReader) -> Home:
     return Home(slab, Tier.DISK, (), pieces=pieces)
 
 
-def _bank_slab(bank: Bank, slabs: Sequence[Slab], size: int) -> Slab:
+def bank_slab(bank: Bank, slabs: Sequence[Slab], size: int) -> Slab:
+    """All records of a bank as one slab, which the store keeps as a whole.
+
+    Args:
+        bank: whose experts.
+        slabs: of each expert.
+        size: bytes from one record to the next.
+    """
     entries = tuple(
         replace(entry, offset_bytes=expert * size + entry.offset_bytes) for expert, slab in enumerate(slabs) for entry in slab.entries
     )
@@ -194,7 +212,7 @@ def _bank_slab(bank: Bank, slabs: Sequence[Slab], size: int) -> Slab:
 
 def _fill(bank: Bank, slabs: Sequence[Slab], size: int, buffer: torch.Tensor, reader: FileReader) -> None:
     """Bring all records of a bank into a buffer."""
-    entries = _bank_slab(bank, slabs, size).entries
+    entries = bank_slab(bank, slabs, size).entries
     # A stack with data is not the data of one expert, which is what an entry without an origin stands for.
     live = [e for e in entries if bank.is_stacked and not e.weight.parameter.is_meta]
     fill([e for e in entries if not (bank.is_stacked and not e.weight.parameter.is_meta)], buffer, reader)

@@ -13,6 +13,7 @@ import torch
 
 from overflowml_core.facts import Tier
 from overflowml_core.runtime.device import Device
+from overflowml_core.runtime.experts.encoded import Operand, operands_of
 from overflowml_core.runtime.experts.fetcher import NOW, SOMETIME, SOON, Fetcher, Job
 from overflowml_core.runtime.experts.policy import Ranking, warmest
 from overflowml_core.runtime.feeder import Feeder
@@ -34,7 +35,7 @@ class Slot:
         self.ready = ready
         self.expert: int | None = None
         self.job: Job | None = None
-        self.tensors: tuple[torch.Tensor, ...] = ()
+        self.tensors: tuple[Operand, ...] = ()
         self.expected = False
         """It was brought in because it was expected, and nobody has asked for it yet."""
 
@@ -156,7 +157,7 @@ class ExpertCache:
     def _fetch(self, slot: Slot, expert: int, urgency: int) -> None:
         home = self.homes[expert]
         slot.expert, slot.expected = expert, urgency == SOON
-        slot.tensors = tuple(entry.view(slot.buffer) for entry in home.slab.entries)
+        slot.tensors = operands_of(home.slab, slot.buffer)
         self._slots[expert] = slot
         self.ranking.add(expert)
         if self._needs_thread(home) and self._fetcher is not None:

@@ -25,6 +25,7 @@ from overflowml_core.runtime.experts.arithmetic import expert_output, summed_by_
 from overflowml_core.runtime.experts.bank_home import BankHome
 from overflowml_core.runtime.experts.cache import ExpertCache, Slot
 from overflowml_core.runtime.experts.counts import BankCounts, Counts
+from overflowml_core.runtime.experts.encoded import Operand, operands_of
 from overflowml_core.runtime.experts.fetcher import SOON
 from overflowml_core.runtime.experts.foresight import Foresight
 from overflowml_core.runtime.experts.policy import FIRST_HALF_LIFE, HALF_LIVES, Ghosts, Ranking, Scores
@@ -82,7 +83,7 @@ class Conductor:
         first = self.seats[-1].numbers.stop if self.seats else 0
         foresight = Foresight(router, bank.count, per_token) if router is not None else None
         self.seats.append(Seat(home, first, foresight, home.version))
-        self.counts.banks.append(BankCounts(component, block, per_token, bank.record_bytes, [0] * bank.count))
+        self.counts.banks.append(BankCounts(component, block, per_token, home.record_bytes, [0] * bank.count))
         self._scores.extend(bank.count)
         for expert, share in enumerate(self._setting.heat.get((component, block), ())[: bank.count]):
             self._scores.seed(first + expert, share)
@@ -188,7 +189,7 @@ class Conductor:
         """The output of an expert that is computed where it waits."""
         home = seat.home.homes[expert]
         started = time.perf_counter()
-        tensors = [entry.view(home.host) for entry in home.slab.entries if home.host is not None]
+        tensors = operands_of(home.slab, home.host) if home.host is not None else ()
         made = expert_output(module, x.to("cpu"), tensors, normed=False)
         self._division.saw(home.slab.nbytes, time.perf_counter() - started)
         made = made.to(x.device)
@@ -196,7 +197,7 @@ class Conductor:
 
     def each(
         self, place: int, given: dict[int, int], tokens: int, expected: Sequence[int] = ()
-    ) -> Iterator[tuple[int, tuple[torch.Tensor, ...] | None]]:
+    ) -> Iterator[tuple[int, tuple[Operand, ...] | None]]:
         """Each expert that is asked for, as soon as it can compute, with its tensors on the device; None for those that the processor
         shall compute. What is computed with one must be queued before the next is taken.
 
@@ -305,10 +306,13 @@ class Conductor:
 
     def _renew(self, seat: Seat) -> None:
         """Somebody wrote into the weights of a bank."""
-        if seat.home.tier is Tier.DISK:
+        if seat.home.is_converted or seat.home.tier is Tier.DISK:
+            kind, remedy = ("stay on disk", ", or give it host memory for its experts")
+            if seat.home.is_converted:
+                kind, remedy = ("are in a format of fewer bits", ", or load it with quality='lossless'")
             raise Unsupported(
-                f"{seat.home.bank.name}: weights of experts that stay on disk were changed in place, and would be read unchanged; release "
-                "the model first, or give it host memory for its experts"
+                f"{seat.home.bank.name}: weights of experts that {kind} were changed in place, and would be used unchanged; release the "
+                f"model first{remedy}"
             )
         if self._cache is not None:
             self._cache.drop(seat.numbers)

@@ -11,6 +11,7 @@ from torch import nn
 from overflowml_core.runtime.compiling import HookPair
 from overflowml_core.runtime.experts.bank import experts_in
 from overflowml_core.runtime.experts.conductor import Conductor
+from overflowml_core.runtime.experts.encoded import Matrix, Operand
 
 
 def hook_experts(conductor: Conductor, place: int, block: nn.Module, ensure: Callable[[], None]) -> list[HookPair]:
@@ -35,6 +36,11 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Tokens in the first tensor of a call, at least one."""
     first = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
     return max(1, first.numel() // first.shape[-1]) if first is not None and first.dim() and first.shape[-1] else 1
+
+
+def _parameter(tensor: Operand) -> nn.Parameter:
+    shown = tensor.decoded() if isinstance(tensor, Matrix) else tensor
+    return shown if isinstance(shown, nn.Parameter) else nn.Parameter(shown, requires_grad=False)
 
 
 class _Pass:
@@ -69,7 +75,7 @@ class _Listed:
         try:
             step = conductor.each(place, {self._expert: min(_rows(args, kwargs), self._pass.tokens)}, self._pass.tokens)
             _, tensors = next(step)
-            self._show(tuple(nn.Parameter(t, requires_grad=False) for t in tensors or ()))
+            self._show(tuple(_parameter(tensor) for tensor in tensors or ()))
             self._steps.append(step)
         except BaseException:
             conductor.lock.release()

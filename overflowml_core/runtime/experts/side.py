@@ -18,6 +18,8 @@ from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.experts.apart import Apart
 from overflowml_core.runtime.experts.bank_home import BankHome, bank_in_ram, bank_on_disk
 from overflowml_core.runtime.experts.conductor import Conductor
+from overflowml_core.runtime.experts.encoded import kernel_of
+from overflowml_core.runtime.experts.encoded_home import encoded_in_ram, encoded_on_disk
 from overflowml_core.runtime.experts.foresight import router_of
 from overflowml_core.runtime.experts.listed import hook_experts
 from overflowml_core.runtime.feeder import Feeder
@@ -80,10 +82,28 @@ class ExpertSide:
         for one in own:
             made.seat(self._settle(one, loading), one.component, one.unit.name, one.per_token, router_of(one.unit.module, one.bank))
             done(one.bank.record_bytes * one.bank.count)
+        self._say_how(own)
         return made
+
+    def _say_how(self, banks: Sequence[Apart]) -> None:
+        """Tell how experts in a format are computed with: not every device has kernels for them."""
+        kind = self._device.torch_device.type
+        told = {
+            (one.bank.codec.format.name, matrix_dtype): kernel_of(one.bank.codec, kind, matrix_dtype)
+            for one in banks
+            if one.bank.codec is not None
+            for matrix_dtype in one.bank.converted_dtypes
+        }
+        for (form, dtype), kernel in told.items():
+            how = kernel.name if kernel is not None else "matrices that are decoded one at a time, for there is no kernel that takes them"
+            _log.info("experts in %s of %s on %s are multiplied by %s", form, dtype, kind, how)
 
     def _settle(self, one: Apart, loading: Loading | None) -> BankHome:
         reader = self._feeder.reader
+        if one.bank.codec is not None:
+            if one.tier is Tier.DISK:
+                return encoded_on_disk(one.bank, loading, reader, self._maps, self._open_store)
+            return encoded_in_ram(one.bank, self._device, one.tier is Tier.PINNED, loading, reader, self._maps)
         if one.tier is Tier.DISK:
             return bank_on_disk(one.bank, self._device, loading, reader, self._maps, self._open_store)
         return bank_in_ram(one.bank, self._device, one.tier is Tier.PINNED, loading, reader)
