@@ -136,6 +136,7 @@ class Run:
         expert_bytes = 3 * 2 * config["hidden_size"] * config["moe_intermediate_size"]
         bank_bytes = config["num_hidden_layers"] * config["num_experts"] * expert_bytes
         budgets = moe_predict.budgets_of(settings, CACHE_SHARES, bank_bytes)
+        moe_predict.first_session(settings)
         sizes = moe_predict.measure(settings, budgets, self.report, self.notes)
         self.tables.append(("Predictions", moe_predict.table(sizes)))
 

@@ -317,7 +317,7 @@ def counted(told: Iterable[tuple[dict[str, Any], dict[str, Any]]], name: str) ->
 def hit_rate(told: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> float | None:
     """Share of the experts that tokens asked for that the cache had kept; None where none are counted.
 
-    Those that were brought in because they were expected are no hits of a cache: what it misses comes sooner that way, and comes.
+    Those that were brought in because they were expected are not among the hits: what a cache misses comes sooner that way, and comes.
     """
     requests = counted(told, "requests")
-    return (counted(told, "hits") - counted(told, "prefetch_hits")) / requests if requests else None
+    return counted(told, "hits") / requests if requests else None

@@ -301,7 +301,7 @@ def add_figures(report: Report, found: dict[str, Answers], rate_bytes_per_s: flo
 
 
 def _hits(report: ExpertReport) -> int:
-    return sum(bank.hits for bank in report.banks) - report.prefetch_hits
+    return sum(bank.hits for bank in report.banks)
 
 
 def table(found: dict[str, Answers]) -> str:

@@ -1,15 +1,18 @@
 """Predicted against measured seconds of a token, for caches of several sizes. Each budget is a load in a process and group of its own.
 
-What earlier runs counted of the experts, and what was measured of the machine and the model's own operations, lies in the run's own cache
-folder, as it would in a user's after a first session.
+A first session, on texts of its own, leaves what it counted of the experts in the run's own cache folder, as it would in a user's; every
+prediction starts from that, and none from what the budgets before it counted. The machine and the model's own operations are measured anew
+before each budget: the machine is shared, and what it does changes within minutes.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from moe_contest import IMPORTS, SCRIPT, Settings, counted, hit_rate
@@ -18,8 +21,14 @@ from stream_model import weight_files
 from stream_system import drop_cache, make_cage
 from stream_worker import SideFailed, Worker
 
+HEAT, KEPT_HEAT = Path("cache") / "heat", Path("heat-of-the-session")
+"""In the work folder: where heat maps are, and the copy of what the first session left."""
+
 WARM_TOKENS = 24
 """Of another answer before the clock runs: a cache that the plan takes for warm shall be."""
+
+SESSION_ANSWERS = 4
+"""Of the session that the predictions know."""
 
 ANSWERS = 3
 """To the same prompts for each budget: texts differ in how alike their tokens choose, and a prediction knows no text."""
@@ -94,6 +103,34 @@ def budgets_of(settings: Settings, shares: tuple[float, ...], bank_bytes: int) -
     return [settings.budget_bytes - cache_bytes + int(share * bank_bytes) for share in shares]
 
 
+def first_session(settings: Settings) -> None:
+    """Answer a few texts and release the model, so that what was counted of its experts is kept; and set a copy of that aside.
+
+    Raises:
+        SideFailed: it cannot be done.
+    """
+    cage = make_cage(f"overflowml-moe-session-{os.getpid()}", settings.limit_bytes)
+    worker = Worker("ours", settings.work / "session.log", cage=cage, script=SCRIPT)
+    try:
+        worker.ready(IMPORTS["ours"], settings.threads)
+        worker.load("ours", settings.model, settings.work / "scratch-session", settings.budget_bytes)
+        for text in range(SESSION_ANSWERS):
+            worker.ask("answer", **settings.answer_of(400 + text, settings.prompt_tokens, settings.new_tokens))
+        worker.ask("quit")
+    finally:
+        worker.close()
+        if cage is not None:
+            cage.remove()
+    shutil.copytree(settings.work / HEAT, settings.work / KEPT_HEAT)
+
+
+def _as_after_the_session(settings: Settings) -> None:
+    kept, present = settings.work / KEPT_HEAT, settings.work / HEAT
+    if kept.exists():
+        shutil.rmtree(present, ignore_errors=True)
+        shutil.copytree(kept, present)
+
+
 def _predicted(worker: Worker, settings: Settings, budget_bytes: int) -> dict[str, Any]:
     return worker.ask("predict", model=str(settings.model), budget_bytes=budget_bytes, **settings.workload)
 
@@ -119,6 +156,8 @@ def measure(settings: Settings, budgets: list[int], report: Report, notes: list[
 
 
 def _size(settings: Settings, number: int) -> Size:
+    _as_after_the_session(settings)
+    calibrate(settings)
     cage = make_cage(f"overflowml-moe-size-{number}-{os.getpid()}", settings.limit_bytes)
     worker = Worker("ours", settings.work / f"size-{number}.log", cage=cage, script=SCRIPT)
     try:

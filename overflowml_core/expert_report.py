@@ -46,6 +46,7 @@ class ExpertReport:
         prefetch_hits: of them, those that were then asked for while they were there.
         on_cpu: experts that the processor computed where they wait, once a pass each.
         half_life: of what counts for staying in the cache, in tokens.
+        token_requests, token_hits: of requests and hits, those of passes of single tokens.
     """
 
     banks: tuple[BankReport, ...]
@@ -58,6 +59,8 @@ class ExpertReport:
     prefetch_hits: int
     on_cpu: int
     half_life: float = 0.0
+    token_requests: int = 0
+    token_hits: int = 0
 
     @property
     def requests(self) -> int:

@@ -78,6 +78,7 @@ class Experts:
         separable: experts can wait apart from their block. Not those of classes that read the whole stack in a forward of their own.
         heat: share of the tokens that go to each expert, ``per_token`` in all, where a run was recorded; else empty.
         matrices: of one expert, those that formats may convert, by their shapes; empty where nobody knows them.
+        runs: what caches of earlier runs found, in passes of single tokens.
     """
 
     count: int
@@ -87,6 +88,22 @@ class Experts:
     separable: bool = True
     heat: tuple[float, ...] = ()
     matrices: tuple[Linear, ...] = ()
+    runs: tuple[CacheRun, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRun:
+    """What the cache of a run found, over all banks that shared it, in passes of single tokens.
+
+    Attributes:
+        slots: experts that it had room for.
+        requests: experts that were asked for, each once a pass.
+        hits: of them, those that had stayed.
+    """
+
+    slots: int
+    requests: int
+    hits: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,13 +11,17 @@ from dataclasses import dataclass, replace
 
 from overflowml_core.errors import OverflowmlError
 from overflowml_core.expert_report import BankReport, ExpertReport
-from overflowml_core.facts import Network
+from overflowml_core.facts import CacheRun, Network
 
 MOST_TOKENS = 65_536
 """Tokens that the counts of a bank stand for at most, unless a single run had more; see note [forgetting]."""
 
 MOST_RUNS = 4
 """Runs of a network that are kept with all that they counted; the newest."""
+
+
+LEAST_TOKENS = 32
+"""Of a run, for its hits to be a measurement of anything."""
 
 
 class BadHeat(OverflowmlError):
@@ -89,6 +93,15 @@ class Heat:
         """The shares of all blocks of which something is known, by component and block."""
         return {(bank.component, bank.block): bank.shares for bank in self.banks if any(bank.counts)}
 
+    def cache_runs(self) -> tuple[CacheRun, ...]:
+        """What the caches of the last runs found, in passes of single tokens; without those that saw too few of them to tell."""
+        reports = [run.report for run in self.runs]
+        return tuple(
+            CacheRun(report.slots, report.token_requests, report.token_hits)
+            for report in reports
+            if report.token_requests >= LEAST_TOKENS * sum(bank.per_token for bank in report.banks)
+        )
+
     def with_run(self, run: Run, before: ExpertReport | None = None) -> Heat:
         """The map with what a run counted.
 
@@ -107,12 +120,13 @@ class Heat:
 def with_shares(network: Network, heat: Heat) -> Network:
     """The network with the heat of its experts filled in. Its fingerprint is of its weights alone, and stays."""
     components = []
+    runs = heat.cache_runs()
     for component in network.components:
         blocks = []
         for block in component.blocks:
             shares = heat.shares(component.name, block.name)
             if block.experts is not None and len(shares) == block.experts.count:
-                block = replace(block, experts=replace(block.experts, heat=shares))
+                block = replace(block, experts=replace(block.experts, heat=shares, runs=runs))
             blocks.append(block)
         components.append(replace(component, blocks=tuple(blocks)))
     return replace(network, components=tuple(components))

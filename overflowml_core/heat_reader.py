@@ -10,7 +10,7 @@ from typing import Any
 from overflowml_core.expert_report import BankReport, ExpertReport
 from overflowml_core.heat import MOST_RUNS, BadHeat, BankHeat, Heat, Run
 
-HEAT_SCHEMA = 1
+HEAT_SCHEMA = 2
 """Version of the JSON form."""
 
 LARGEST_HEAT_BYTES = 32 * 2**20
@@ -23,7 +23,7 @@ _LARGEST_NUMBER = 1e12
 _LATEST_S = 3e10
 """Seconds since 1970 up to which all systems know a date."""
 
-_COUNTED = ("tokens", "passes", "slots", "slot_bytes", "prefetched", "prefetch_hits", "on_cpu")
+_COUNTED = ("tokens", "passes", "slots", "slot_bytes", "prefetched", "prefetch_hits", "on_cpu", "token_requests", "token_hits")
 _BANK_COUNTED = ("per_token", "expert_bytes", "requests", "hits", "fetched_bytes")
 
 
@@ -90,12 +90,15 @@ def _run(document: Mapping[str, Any]) -> Run:
 
 
 def _report(document: Mapping[str, Any]) -> ExpertReport:
-    return ExpertReport(
+    report = ExpertReport(
         banks=tuple(_bank_report(_mapping(bank, "bank")) for bank in _list(document["banks"], _MOST_BANKS, "banks")),
         stall_s=_number(document["stall_s"], "stall_s"),
         half_life=_number(document["half_life"], "half_life"),
         **{name: _count(document[name], name) for name in _COUNTED},
     )
+    if report.token_hits > report.token_requests:
+        raise BadHeat(f"{report.token_hits} hits of {report.token_requests} requests of single tokens")
+    return report
 
 
 def _bank_report(document: Mapping[str, Any]) -> BankReport:

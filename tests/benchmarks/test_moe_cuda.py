@@ -114,7 +114,7 @@ def test_figures_by_hand():
     found = figures(report)
     assert found["cuda.decode.vs_accelerate"] == 4.0
     assert found["cuda.prefill.vs_accelerate"] == 2.0
-    assert found["cuda.cache.hit_rate"] == 15 / 20
+    assert found["cuda.cache.hit_rate"] == 16 / 20
     assert found["cuda.cache.hit_rate_optimum"] == 0.5
     assert found["cuda.fetched_bytes"] == 200
     assert found["cuda.share_of_limit"] == pytest.approx(0.4)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overflowml_core.facts import Block, Component, Experts, Network
+from overflowml_core.facts import Block, CacheRun, Component, Experts, Network
 from overflowml_core.heat import MOST_RUNS, MOST_TOKENS, BadHeat, BankHeat, Heat, with_shares
 from overflowml_core.heat_reader import heat_from_json, heat_to_json
 from tests.core.heats import FINGERPRINT, bank, report, run
@@ -73,6 +73,16 @@ def test_the_fingerprint_of_a_network_stays():
     assert warm.fingerprint == network.fingerprint
 
 
+def test_only_runs_that_saw_enough_tokens_say_what_their_caches_found():
+    enough = replace(report(bank((6, 2, 0, 0)), bank((6, 2, 0, 0), "layers.1")), slots=3, token_requests=128, token_hits=96)
+    heat = EMPTY.with_run(run(replace(enough, token_requests=127))).with_run(run(enough, key="b"))
+    assert heat.cache_runs() == (CacheRun(3, 128, 96),)
+    network = Network(
+        (Component("model", "Moe", (Block("layers.0", 1, 1, 1, experts=Experts(4, 100, 2)),), 0, 0, (), "model"),), "x", "Moe", ""
+    )
+    assert with_shares(network, heat).components[0].blocks[0].experts.runs == (CacheRun(3, 128, 96),)
+
+
 def test_reads_back_what_was_written():
     heat = EMPTY.with_run(run(report(bank((6, 2, 0, 0), cached=(0, 3)), bank((0, 0, 4, 4), "layers.1"))))
     assert heat_from_json(heat_to_json(heat)) == heat
@@ -89,7 +99,8 @@ def _damaged(change):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: d.update(schema=2), "schema '2'"),
+        (lambda d: d.update(schema=1), "schema '1'"),
+        (lambda d: d["runs"][0]["report"].update(token_hits=1), "1 hits of 0 requests of single tokens"),
         (lambda d: d.pop("banks"), "no 'banks'"),
         (lambda d: d["banks"].append(d["banks"][0]), "twice"),
         (lambda d: d["banks"][0].update(counts=[1, -1]), "counts"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from itertools import combinations
 from random import Random
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overflowml_core.facts import Experts
+from overflowml_core.facts import CacheRun, Experts
 from overflowml_core.planner.expert_hits import asked_of, lfu_misses, lru_misses, touched_experts
 from overflowml_core.runtime.experts.policy import HALF_LIVES, Ranking, Scores
 
@@ -91,8 +92,8 @@ def policy_hits(trace: list[tuple[int, list[int]]], slots: int, warm: int, half_
     return hits / asked
 
 
-def predicted(heats: list[tuple[float, ...]], per_token: int, slots: int) -> float:
-    asked = asked_of(tuple(Experts(len(heat), 1, per_token, heat=heat) for heat in heats), slots, 1)
+def predicted(heats: list[tuple[float, ...]], per_token: int, slots: int, *runs: CacheRun) -> float:
+    asked = asked_of(tuple(Experts(len(heat), 1, per_token, heat=heat, runs=runs) for heat in heats), slots, 1)
     return 1 - sum(a.missed for a in asked) / sum(a.touched for a in asked)
 
 
@@ -107,6 +108,38 @@ def test_hits_are_those_of_caches_that_are_led_through_random_requests(exponent:
         assert 1 - sum(lru_misses(rates, slots)) / (4 * LAYERS) == pytest.approx(simulated, abs=0.02)
         real = max(policy_hits(trace, slots, 2000, half_life, 64 * LAYERS) for half_life in HALF_LIVES)
         assert predicted(heats, 4, slots) == pytest.approx(real, abs=0.03)
+
+
+def repeated(heats: list[tuple[float, ...]], tokens: int, share: float, draw: Random) -> list[tuple[int, list[int]]]:
+    """Requests of tokens that keep each expert of the token before with this probability, and draw the others by heat."""
+    trace: list[tuple[int, list[int]]] = []
+    for _ in range(tokens):
+        for layer, (_, fresh) in enumerate(requests(heats, 1, draw)):
+            kept = [e for e in trace[-len(heats)][1] if draw.random() < share] if len(trace) >= len(heats) else []
+            trace.append((layer, (kept + [e for e in fresh if e not in kept])[: len(fresh)]))
+    return trace
+
+
+def test_hits_beyond_heat_are_taken_from_earlier_runs() -> None:
+    draw = Random(3)
+    heats = [zipf(64, 4, 0.8, draw) for _ in range(LAYERS)]
+    trace = repeated(heats, 1500, 0.4, draw)
+    counts = [[0] * 64 for _ in range(LAYERS)]
+    for layer, experts in trace:
+        for e in experts:
+            counts[layer][e - 64 * layer] += 1
+    seen = [tuple(count / 1500 for count in bank) for bank in counts]
+    real = {slots: max(policy_hits(trace, slots, 2000, h, 64 * LAYERS) for h in HALF_LIVES) for slots in (32, 64, 128)}
+    run = CacheRun(64, 100_000, int(100_000 * real[64]))
+    for slots, found in real.items():
+        assert predicted(seen, 4, slots) < found - 0.04
+        assert predicted(seen, 4, slots, run) == pytest.approx(found, abs=0.04)
+    assert predicted(seen, 4, 64, run) == pytest.approx(real[64], abs=0.001)
+    # A run that hardly missed anything, or whose cache held everything, says nothing; a worse one than by heat alone was cold.
+    for other in (CacheRun(256, 100_000, 100_000), CacheRun(64, 100_000, 100)):
+        assert predicted(seen, 4, 32, other) == predicted(seen, 4, 32)
+    both = predicted(seen, 4, 32, run, CacheRun(250, 100_000, 99_990))
+    assert both == pytest.approx(predicted(seen, 4, 32, run), abs=0.03)
 
 
 @given(st.lists(st.lists(st.floats(0.01, 1), min_size=2, max_size=3), min_size=1, max_size=3), st.integers(0, 8))
@@ -125,7 +158,11 @@ def banks(draw: st.DrawFn) -> tuple[Experts, ...]:
         count = draw(st.integers(2, 12))
         heat = tuple(draw(st.lists(st.floats(0, 1), min_size=count, max_size=count))) if heated else ()
         made.append(Experts(count, 1, draw(st.integers(1, count)), heat=heat))
-    return tuple(made)
+    runs = tuple(
+        CacheRun(slots, asked, int(asked * share))
+        for slots, asked, share in draw(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 10**6), st.floats(0, 1)), max_size=3))
+    )
+    return tuple(replace(bank, runs=runs) for bank in made)
 
 
 @given(banks(), st.integers(1, 300))

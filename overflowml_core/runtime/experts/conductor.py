@@ -214,7 +214,7 @@ class Conductor:
         first = seat.first
         there = deque(e for e in given if cache.find(first + e) is not None)
         missed = deque(e for e in given if cache.find(first + e) is None)
-        self._note(place, cache, there, len(given))
+        self._note(place, cache, there, len(given), tokens)
         here = self._here(cache, seat, missed, given, tokens)
         held = {first + e for e in given if e not in here}
         coming: deque[tuple[int, Slot]] = deque()
@@ -318,7 +318,7 @@ class Conductor:
             self._cache.drop(seat.numbers)
         seat.version = seat.home.version
 
-    def _note(self, place: int, cache: ExpertCache, there: Sequence[int], asked: int) -> None:
+    def _note(self, place: int, cache: ExpertCache, there: Sequence[int], asked: int, tokens: int) -> None:
         seat = self.seats[place]
         useful = 0
         for expert in there:
@@ -328,6 +328,9 @@ class Conductor:
                 useful += 1
         self.counts.banks[place].hits += len(there) - useful
         self.counts.prefetch_hits += useful
+        if tokens == 1:
+            self.counts.token_requests += asked
+            self.counts.token_hits += len(there) - useful
         if seat.foresight is not None:
             wasted, cache.wasted = cache.wasted, 0
             seat.foresight.learn(useful, wasted)
@@ -391,4 +394,6 @@ class Conductor:
                 counts.prefetch_hits,
                 counts.on_cpu,
                 self._scores.half_life,
+                counts.token_requests,
+                counts.token_hits,
             )

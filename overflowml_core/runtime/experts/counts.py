@@ -46,6 +46,8 @@ class Counts:
     prefetched: int = 0
     prefetch_hits: int = 0
     on_cpu: int = 0
+    token_requests: int = 0
+    token_hits: int = 0
 
     def reset(self) -> None:
         """Start anew."""
@@ -53,4 +55,5 @@ class Counts:
             bank.tokens = [0] * len(bank.tokens)
             bank.requests = bank.hits = bank.fetched_bytes = 0
         self.tokens = self.passes = self.prefetched = self.prefetch_hits = self.on_cpu = 0
+        self.token_requests = self.token_hits = 0
         self.stall_s = 0.0

@@ -263,6 +263,24 @@ def test_the_next_blocks_experts_come_ahead_of_time(tmp_path: Path) -> None:
     assert report is not None
     assert report.prefetched > 0
     assert report.prefetch_hits >= 0.9 * report.prefetched
+    # All passes were of single tokens; what came ahead of time is no hit of the cache.
+    assert (report.token_requests, report.token_hits) == (report.requests, sum(one.hits for one in report.banks))
+
+
+def test_passes_of_single_tokens_are_counted_apart(tmp_path: Path) -> None:
+    model = qwen3_moe(seed=1)
+    engine = attach(model, HostDevice(), tmp_path, 32, Tier.DISK)
+    model(IDS)
+    before = engine.expert_report()
+    model(IDS[:, :1])
+    after = engine.expert_report()
+    engine.detach()
+    assert before is not None
+    assert after is not None
+    assert before.requests > 0
+    assert (before.token_requests, before.token_hits) == (0, 0)
+    assert after.token_requests == after.requests - before.requests == sum(bank.per_token for bank in after.banks)
+    assert 0 < after.token_hits <= after.token_requests
 
 
 def test_a_plan_for_a_model_without_experts_is_refused(tmp_path: Path) -> None:
