@@ -1,10 +1,10 @@
 """What missed experts cost: seconds and bytes of each pass of a phase whose experts are cached. Decides nothing.
 
 Note [a layer]. When a router has run, all experts that it misses are requested at once. Those that are cached compute meanwhile, the others
-as they arrive: a layer takes what it computes without its experts, and then its missed bytes over the rate at which they come, or the
-computing of its experts, whichever is longer. Where an expert has few tokens, it computes no longer than its weights take to be read from
-memory; what else a layer takes then, its attention and the calls of all that, hides nothing. What the runtime brings in ahead of time,
-while other parts compute, is not counted on.
+as they arrive: a layer takes what it computes without its experts, and then what it computes with them, made longer by the wait for those
+that are missed (expert_wait.py). Where an expert has few tokens, it computes no longer than its weights take to be read from memory; what
+else a layer takes then, its attention and the calls of all that, hides nothing. What the runtime brings in ahead of time, while other parts
+compute, is not counted on.
 
 Note [processor]. On an accelerator, experts that wait in RAM may be computed where they are while others are copied: the CPU reads them at
 65 % of its memory rate (kernels of experts reach 61 to 75 % of STREAM), and only in passes of no more tokens than 32 times all experts over
@@ -26,6 +26,7 @@ from overflowml_core.plan import PassEstimate
 from overflowml_core.planner.cost import Spent
 from overflowml_core.planner.estimates import PhaseForecast, PhaseRun, assembled, brought_bytes
 from overflowml_core.planner.expert_hits import Asked, asked_of
+from overflowml_core.planner.expert_wait import expected_wait_s
 from overflowml_core.planner.homes import Draft, PhaseHomes
 from overflowml_core.planner.needs import PhaseNeed
 from overflowml_core.planner.pace import Stage
@@ -34,8 +35,8 @@ from overflowml_core.planner.setting import Setting
 from overflowml_core.planner.stage import pageable_bytes_per_s, switch_seconds
 from overflowml_core.work import BlockWork, PassProfile
 
-_HIDDEN_SHARE = 0.0
-"""Of what a layer computes without its experts, that hides fetches of the next one's: none is counted on; see note [a layer]."""
+_AT_ONCE_IN_RAM, _AT_ONCE = 4, 1
+"""Experts that are brought in at the same time: by the threads that read them into RAM, and over a link, which copies in order."""
 
 _CPU_MEMORY_SHARE = 0.65
 """Of the memory rate of the CPU that kernels of experts reach; see note [processor]."""
@@ -57,6 +58,8 @@ class Fetch:
         experts: of the block.
         asked: how many of them it asks for, and how many of these the cache does not hold.
         expert_bytes: of one, as it waits.
+        tier: where they wait.
+        few: so few tokens that the processor may compute with those that it has; see note [processor].
         link_s, disk_s: what copies to the device and reads from disk are busy with those that are missed; None where a rate is not known.
         fetch_s: until the last of them is there, or was computed where it waits; None where a rate is not known.
         read_s: what those that are asked for take to compute where memory is the bound; infinite where it may be more.
@@ -65,6 +68,8 @@ class Fetch:
     experts: Experts
     asked: Asked
     expert_bytes: int
+    tier: Tier
+    few: bool
     link_s: float | None
     disk_s: float | None
     fetch_s: float | None
@@ -155,7 +160,7 @@ def expert_run(draft: Draft, homes: PhaseHomes, setting: Setting, takes_turns: b
             fetches = _fetches(draft, homes, setting, one.name, part.component)
             if any(fetch.fetch_s is None for fetch in fetches.values()):
                 return None
-            parts.append(_slowed(part, fetches, draft.need))
+            parts.append(_slowed(part, fetches, draft.need, setting))
         slowed.append(replace(one, parts=tuple(parts)))
     stage = Stage((None,) * len(draft.need.blocks), ((),), 0, in_ram=setting.in_ram)
     return PhaseRun(rounds, tuple(slowed), stage, switch_s)
@@ -178,7 +183,7 @@ def _fetches(draft: Draft, homes: PhaseHomes, setting: Setting, name: str, compo
         link_s, disk_s, fetch_s = _seconds(asked[index].missed, size, tier, setting, few)
         memory_rate = setting.rates.memory_bytes_per_s if tokens * experts.per_token <= _FEW_TOKENS * asked[index].touched else 0.0
         read_s = asked[index].touched * experts.nbytes / memory_rate if memory_rate > 0 else inf
-        found[index] = Fetch(experts, asked[index], size, link_s, disk_s, fetch_s, read_s)
+        found[index] = Fetch(experts, asked[index], size, tier, few, link_s, disk_s, fetch_s, read_s)
     return found
 
 
@@ -210,7 +215,7 @@ def _seconds(missed: float, nbytes: int, tier: Tier, setting: Setting, few: bool
     return shared_s, 0.0, shared_s
 
 
-def _slowed(part: Part, fetches: Mapping[int, Fetch], need: PhaseNeed) -> Part:
+def _slowed(part: Part, fetches: Mapping[int, Fetch], need: PhaseNeed, setting: Setting) -> Part:
     """A pass with what it waits for missed experts; see note [a layer]."""
     seconds = list(part.seconds)
     waited_s = 0.0
@@ -220,11 +225,21 @@ def _slowed(part: Part, fetches: Mapping[int, Fetch], need: PhaseNeed) -> Part:
         if fetch is None or fetch.fetch_s is None:
             continue
         experts_s = min(seconds[place] * _experts_share(part.profile, fetch, need, index), fetch.read_s)
-        wait_s = fetch.fetch_s - experts_s - _HIDDEN_SHARE * (seconds[place] - experts_s)
-        if wait_s > 0:
-            seconds[place] += wait_s
-            waited_s += wait_s
+        wait_s = _wait_s(fetch, experts_s, setting)
+        seconds[place] += wait_s
+        waited_s += wait_s
     return replace(part, seconds=tuple(seconds), spent=Spent(part.spent.total_s + waited_s, part.spent.memory_s))
+
+
+def _wait_s(fetch: Fetch, experts_s: float, setting: Setting) -> float:
+    """By how much those that are missed make the computing of experts longer."""
+
+    def until_s(missed: float) -> float:
+        # Where a rate is not known nothing is slowed.
+        return _seconds(missed, fetch.expert_bytes, fetch.tier, setting, fetch.few)[2] or 0.0
+
+    at_once = _AT_ONCE_IN_RAM if setting.in_ram else _AT_ONCE
+    return expected_wait_s((fetch.asked.touched, fetch.asked.missed), at_once, experts_s, until_s)
 
 
 def _experts_share(profile: PassProfile, fetch: Fetch, need: PhaseNeed, index: int) -> float:

@@ -82,9 +82,11 @@ def test_a_token_waits_for_what_it_misses():
     assert token.expert_bytes == 4 * 2 * EXPERT
     assert token.missed_expert_bytes == pytest.approx(4 * 2 * EXPERT * (1 - hits), rel=1e-6)
     assert token.transfer_s == pytest.approx(token.missed_expert_bytes / LINK_BYTES_PER_S)
-    # Experts are 16 of 80 MiB that a block reads: those that are cached compute while the others come in.
+    # Experts are 16 of 80 MiB that a block reads. While one comes in the other one computes, where it is cached; the last computes alone.
     assert token.compute_s == pytest.approx(4 * 80 * MIB / MEMORY_BYTES_PER_S)
-    assert token.pass_s == pytest.approx(token.compute_s * 64 / 80 + token.transfer_s)
+    missed, each_s, read_s = 1 - hits, EXPERT / LINK_BYTES_PER_S, EXPERT / MEMORY_BYTES_PER_S
+    waited_s = 2 * missed * (1 - missed) * (each_s - read_s) + missed**2 * (2 * each_s - read_s)
+    assert token.pass_s == pytest.approx(token.compute_s + 4 * waited_s)
     assert token.bound_by == "link"
     assert plan.estimate.token_s == pytest.approx(token.pass_s)
     assert plan.estimate.streamed_bytes in {one.missed_expert_bytes for one in plan.phases[0].passes}
@@ -143,7 +145,10 @@ def test_where_ram_computes_experts_are_read_from_disk_into_a_cache_in_ram():
     token = _token(plan)
     assert token.bound_by == "disk"
     assert token.transfer_s == pytest.approx(token.missed_expert_bytes / DISK_BYTES_PER_S)
-    assert token.pass_s == pytest.approx(token.compute_s * 64 / 80 + token.transfer_s)
+    # Two that are missed are read at the same time and compute behind each other.
+    missed, each_s, read_s = 1 - token.expert_hit_rate, EXPERT / DISK_BYTES_PER_S, EXPERT / MEMORY_BYTES_PER_S
+    waited_s = 2 * missed * (1 - missed) * (each_s - read_s) + missed**2 * 2 * each_s
+    assert token.pass_s == pytest.approx(token.compute_s + 4 * waited_s)
     assert plan.estimate.total_s < _rejected(plan)["stream"].estimate.total_s / 5
     assert Plan.from_json(plan.to_json()) == plan
 
@@ -153,7 +158,9 @@ def test_computing_of_experts_hides_reads_that_are_shorter():
     plan = _plan(mixture(), on(fast, device=None, host=16 * GIB), device_memory="800MiB", excluded=frozenset({("strategy", "stream")}))
     token = _token(plan)
     assert plan.strategy == "experts"
-    assert token.pass_s == pytest.approx(token.compute_s)
+    # Where both of a token's experts are missed nothing computes meanwhile.
+    waited_s = (1 - token.expert_hit_rate) ** 2 * 2 * EXPERT / 1e13
+    assert token.pass_s == pytest.approx(token.compute_s + 4 * waited_s)
     assert token.bound_by == "memory"
 
 
