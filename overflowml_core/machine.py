@@ -163,3 +163,18 @@ class Machine:
         """Rates of an accelerator by its place in ``accelerators``."""
         own = self.accelerators[index].rates if index < len(self.accelerators) else None
         return self.rates if own is None else own
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Machines that are alike.
+
+    Attributes:
+        name: what people call them.
+        count: how many there are.
+        machine: one of them.
+    """
+
+    name: str
+    count: int
+    machine: Machine

@@ -9,6 +9,7 @@ import typer
 
 from overflowml_core.cli.files import check_target, write_file
 from overflowml_core.cli.options import JsonOption, Request, takes_request
+from overflowml_core.errors import OverflowmlError
 
 if TYPE_CHECKING:
     from overflowml_core.cli.question import Question
@@ -22,6 +23,15 @@ def plan(
     request: Request,
     compare: Annotated[bool, typer.Option("--compare", help="Show all ways side by side, with the reasons.")] = False,
     as_json: JsonOption = False,
+    machines: Annotated[
+        Path | None,
+        typer.Option(
+            "--machines",
+            metavar="FILE",
+            help="Say how many of the machines in this file a language model takes, and what starts it on them (vLLM, torchrun).",
+            rich_help_panel="Machine",
+        ),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write the plan as one page for a browser.", rich_help_panel=_FILES)
     ] = None,
@@ -33,6 +43,13 @@ def plan(
     ] = None,
 ) -> None:
     """Show where every weight of a model would live and how long it would take, before anything is loaded."""
+    if machines is not None:
+        if compare or html or trace or save:
+            raise OverflowmlError("--compare, --html, --trace and --save are of a plan for one machine; leave them out, or --machines")
+        from overflowml_core.cli.serving import plan_machines
+
+        plan_machines(request, machines, as_json)
+        return
     from overflowml_core.cli.question import question_of
 
     files = {"--html": html, "--trace": trace, "--save": save}

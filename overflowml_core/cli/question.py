@@ -75,15 +75,7 @@ def question_of(request: Request) -> Question:
     """
     from overflowml_core import session
 
-    workload = Workload(
-        height=request.height,
-        width=request.width,
-        frames=request.frames,
-        batch=request.batch,
-        steps=request.steps,
-        prompt_tokens=request.prompt_tokens,
-        new_tokens=request.new_tokens,
-    )
+    workload = workload_of(request)
     ram_bytes = _size(request.ram, "--ram")
     limits = Limits(
         device_memory=_size(request.vram, "--vram"),
@@ -99,6 +91,34 @@ def question_of(request: Request) -> Question:
     forecast = request.moe is not None or session.is_forecast(request.source)
     local = request.moe is None and Path(request.source).exists()
     return Question(_network(request, workload, forecast), machine, limits, workload, forecast, local)
+
+
+def workload_of(request: Request) -> Workload:
+    """What a request asks a model to do.
+
+    Raises:
+        BadLimits: a number in it counts nothing.
+    """
+    return Workload(
+        height=request.height,
+        width=request.width,
+        frames=request.frames,
+        batch=request.batch,
+        steps=request.steps,
+        prompt_tokens=request.prompt_tokens,
+        new_tokens=request.new_tokens,
+    )
+
+
+def described(request: Request, workload: Workload) -> Network:
+    """The model that a request names.
+
+    Raises:
+        OverflowmlError: it is wrong or cannot be found; one line says what.
+    """
+    from overflowml_core import session
+
+    return _network(request, workload, request.moe is not None or session.is_forecast(request.source))
 
 
 def machine_of(request: Request) -> Machine:

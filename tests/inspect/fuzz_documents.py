@@ -20,6 +20,7 @@ from overflowml_core.heat_reader import heat_from_json, heat_to_json
 from overflowml_core.inspect.checkpoint import open_checkpoint
 from overflowml_core.inspect.datasheet import UnknownAccelerator
 from overflowml_core.inspect.machine_file import BadMachine, machine_of_json, machine_to_json
+from overflowml_core.inspect.machines_file import read_machines
 from overflowml_core.plan import Avoided, Plan
 from overflowml_core.planner import make_plan, with_outlook
 from overflowml_core.runtime.kept_file import SLAB_OFFSET_BYTES, BadSlabFile, Header, Title
@@ -113,6 +114,17 @@ def _check_machine(path: Path, raw: bytes) -> str:
     return "accepted"
 
 
+def _check_machines(path: Path, raw: bytes) -> str:
+    path.write_bytes(raw)
+    try:
+        kinds = read_machines(path)
+    except (BadMachine, UnknownAccelerator) as error:
+        return _refused(error)
+    assert 1 <= sum(kind.count for kind in kinds) <= 1024
+    assert len({kind.name for kind in kinds}) == len(kinds)
+    return "accepted"
+
+
 def _check_heat(path: Path, raw: bytes) -> str:
     try:
         heat = heat_from_json(raw)
@@ -172,10 +184,14 @@ def readers() -> dict[str, Reader]:
     kept = {"tried": tried, "kept": 0, "plan": json.loads(plan), "pass": "denoise", "made_s": 1.0}
     tuned = {"schema": TUNED_SCHEMA, "version": __version__, **kept}
     index = {"metadata": {"total_size": 0}, "weight_map": {"w": "a.safetensors", "v": "../x.safetensors"}}
+    host = {"total_bytes": "64GB", "core_count": 16}
+    entries = [{"name": name, "count": count, "accelerators": ["RTX 4090"] * count, "host": host} for name, count in (("a", 2), ("b", 1))]
+    machines = {"machines": entries}
     page = Header("0" * 64, 4096, 7, 1_700_000_000, Title("model", "layers.0", "bf16")).encode()
     return {
         "plan": Reader((plan,), _check_plan),
         "machine": Reader((machine_to_json(on(device=2**30)),), _check_machine),
+        "machines": Reader((json.dumps(machines),), _check_machines),
         "heat": Reader((heat,), _check_heat),
         "tuned": Reader((json.dumps(tuned),), _check_tuned),
         "index": Reader((json.dumps(index), json.dumps({"weight_map": {"w": "a.safetensors"}})), _check_index),
