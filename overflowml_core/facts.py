@@ -273,7 +273,7 @@ class Limits:
         quality: "lossless" changes no weight; "minimal" permits FP8 and INT8 of weights alone, and tiles of a VAE; "any" permits all
             formats. What is lossless wins where it is not more than 3 % slower. None, where nobody said, is "lossless" for what is loaded
             and "minimal" for a forecast, which changes nothing.
-        excluded: (format, tier) pairs that may not be used.
+        excluded: (format, tier) pairs that may not be used; ("", "*") demands that a format is.
         trial: whether other plans are run during the first passes, and the fastest is kept: None does so where another one is predicted to
             take no more than a quarter longer, True always, False never. No part of the decision.
 

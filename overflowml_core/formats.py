@@ -20,15 +20,18 @@ class PartSize:
     Attributes:
         bits: of an element.
         columns: columns of the weight that share an element; 0 where a whole row shares one.
+        rows: rows of the weight that share an element; 0 where all of them do.
     """
 
     bits: int
     columns: int = 1
+    rows: int = 1
 
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of the part of a weight with so many rows and columns."""
         in_a_row = -(-columns // self.columns) if self.columns else 1
-        return -(-rows * in_a_row * self.bits // 8)
+        in_a_column = -(-rows // self.rows) if self.rows else 1
+        return -(-in_a_column * in_a_row * self.bits // 8)
 
 
 @dataclass(frozen=True, slots=True)

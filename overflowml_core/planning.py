@@ -44,7 +44,12 @@ _MOST_ROUNDS = 16
 
 
 def make_plan(
-    network: Network, limits: Limits, workload: Workload | None = None, machine: Machine | None = None, forecast: bool = False
+    network: Network,
+    limits: Limits,
+    workload: Workload | None = None,
+    machine: Machine | None = None,
+    forecast: bool = False,
+    own_formats: tuple[Format, ...] | None = None,
 ) -> Plan:
     """Decide where the weights of a network live.
 
@@ -54,6 +59,7 @@ def make_plan(
         workload: what it will be asked to do.
         machine: detected if it is not given.
         forecast: plan with everything that the planner knows, not only with what this version carries out.
+        own_formats: into which the caller converts weights by itself; None for those that plugins convert into.
 
     Raises:
         DoesNotFit: no plan respects the limits.
@@ -61,7 +67,8 @@ def make_plan(
     """
     machine = machine or detect()
     asked = _settled(limits, forecast)
-    formats, abilities = plugins().formats(machine), abilities_of(forecast)
+    formats = plugins().formats(machine) if own_formats is None else own_formats
+    abilities = abilities_of(forecast)
     steered: list[Objection] = []
     excluded = asked.excluded
     for _ in range(_MOST_ROUNDS):
@@ -69,7 +76,7 @@ def make_plan(
         if plan is None:  # the built-in plugin always answers, unless somebody took it out
             raise OverflowmlError("no plugin made a plan; restore the built-in one")
         raised = plugins().objections(plan, network, machine)
-        unmade = frozenset() if forecast else _without_codec(plan, formats, machine)
+        unmade = frozenset() if forecast or own_formats is not None else _without_codec(plan, formats, machine)
         if not raised and not unmade:
             break
         steered += raised

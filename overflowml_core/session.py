@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from overflowml_core.expert_setting import ExpertSetting
+    from overflowml_core.formats import Format
     from overflowml_core.measured import MeasuredPass
     from overflowml_core.protocols import Attachment
     from overflowml_core.runtime.engine import Engine
@@ -70,12 +71,17 @@ def describe(source: object, workload: Workload | None = None, options: dict[str
 
 
 def make_plan(
-    network: Network, limits: Limits, workload: Workload | None = None, machine: Machine | None = None, forecast: bool = False
+    network: Network,
+    limits: Limits,
+    workload: Workload | None = None,
+    machine: Machine | None = None,
+    forecast: bool = False,
+    own_formats: tuple[Format, ...] | None = None,
 ) -> Plan:
     """:func:`overflowml_core.planning.make_plan`, or the plan that ``overflowml tune`` measured to be faster for the same request."""
     machine = machine or detect()
-    plan = planning.make_plan(network, limits, workload, machine, forecast)
-    if forecast or not plan.managed or not environment.uses_tuned():
+    plan = planning.make_plan(network, limits, workload, machine, forecast, own_formats)
+    if forecast or own_formats is not None or not plan.managed or not environment.uses_tuned():
         return plan
     from overflowml_core.tuned import tuned_instead
 

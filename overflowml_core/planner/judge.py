@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import inf
 
 from overflowml_core.facts import Limits, Tier
+from overflowml_core.formats import AS_STORED
 from overflowml_core.plan import Rejected
 from overflowml_core.planner.candidates import MISSING, QUALITY_ORDER, Candidate
 from overflowml_core.units import format_bytes, format_seconds
@@ -29,6 +30,8 @@ def exclude(candidate: Candidate, limits: Limits) -> None:
     for name in candidate.variants:
         if ("variant", name) in barred:
             candidate.reason = f"excluded: variant {name}"
+    if (AS_STORED, "*") in barred and candidate.recipe.format is None:
+        candidate.reason = "excluded: weights as they are stored"
     for form, tier in sorted(_used(candidate)) if barred else ():
         if barred & {(form, tier), (form, "*")}:
             candidate.reason = f"excluded: {form} in {tier}"

@@ -138,3 +138,29 @@ def test_what_no_host_loads_is_a_forecast(source, forecast, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"")
     assert session.is_forecast(source) is forecast
+
+
+def test_a_caller_who_converts_by_itself_brings_its_formats_and_needs_no_codec(plugins):
+    network, room = session.describe("8GB"), machine(6 * GIB)
+    asked = Limits(quality="minimal", excluded=frozenset({("", "*")}))
+    with pytest.raises(DoesNotFit, match="excluded"):
+        session.make_plan(network, asked, machine=room)
+
+    assert session.make_plan(network, asked, machine=room, own_formats=(FP8,)).formats == ("fp8",)
+    assert session.make_plan(network, Limits(), machine=room, own_formats=(FP8,)).formats == ()  # nobody permitted it
+
+
+def test_a_format_is_demanded_where_weights_as_they_are_would_fit(plugins):
+    network, room = session.describe("8GB"), machine(64 * GIB)
+    assert session.make_plan(network, Limits(quality="minimal"), machine=room, own_formats=(FP8,)).strategy == "direct"
+
+    asked = Limits(quality="minimal", excluded=frozenset({("", "*")}))
+    plan = session.make_plan(network, asked, machine=room, own_formats=(FP8,))
+    assert plan.strategy == "direct fp8"
+    assert _named(plan, "direct").reason == "excluded: weights as they are stored"
+
+
+def test_a_scale_for_a_whole_weight_is_one_element():
+    assert PartSize(32, columns=0, rows=0).nbytes(3072, 3072) == 4
+    assert PartSize(32, columns=0).nbytes(3072, 3072) == 4 * 3072
+    assert PartSize(8, columns=16, rows=2).nbytes(5, 33) == 3 * 3
