@@ -16,8 +16,10 @@ if importlib.util.find_spec("overflowml_comfyui") is None:
         "ComfyUI-OverflowML adds no nodes: install it with 'pip install overflowml' and start ComfyUI again"
     )
 elif importlib.util.find_spec("comfy_api") is not None:  # not in a test that imports the folder
+    from .load_quantize import LoadAndQuantize
     from .nodes import NODES, watch_prompts
 
-    NODE_CLASS_MAPPINGS.update({node.define_schema().node_id: node for node in NODES})
-    NODE_DISPLAY_NAME_MAPPINGS.update({node.define_schema().node_id: node.define_schema().display_name for node in NODES})
+    for node in (*NODES, LoadAndQuantize):
+        shape = node.define_schema()
+        NODE_CLASS_MAPPINGS[shape.node_id], NODE_DISPLAY_NAME_MAPPINGS[shape.node_id] = node, shape.display_name
     watch_prompts()

@@ -78,7 +78,7 @@ class Optimize(io.ComfyNode):
         watch = SamplerWatch(patcher.load_device, _teller(part, cls.hidden.unique_id))
         changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, watch.around_sampler)
         changed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, running_host.WRAPPER_KEY, watch.around_step)
-        picture, text = _described(decision, running_host.engine_sentence(patcher))
+        picture, text = described(decision, running_host.engine_sentence(patcher))
         return io.NodeOutput(changed, clip, vae, decision, text, ui=shown(picture, text))
 
 
@@ -110,7 +110,7 @@ class PlanPreview(io.ComfyNode):
         if path is None:
             raise NotAModel(file, "it is in none of the host's folders any more; choose another one")
         decision = Decision((decide_file(path, request_of(fields), running_host.machine()),))
-        picture, text = _described(decision, _AHEAD)
+        picture, text = described(decision, _AHEAD)
         return io.NodeOutput(decision, text, ui=shown(picture, text))
 
 
@@ -229,7 +229,8 @@ def _measured(parts: tuple[Part, ...]) -> dict[str, Measurement]:
     return {part.key: found for part in parts if (found := kept.of(part.key)) is not None}
 
 
-def _described(decision: Decision, engine: str) -> tuple[dict[str, object], str]:
+def described(decision: Decision, engine: str) -> tuple[dict[str, object], str]:
+    """A decision as the page draws it, and as text with a sentence about how the host carries it out."""
     measured = _measured(decision.parts)
     slowest = decision.parts[0].slowest
     advice = flag_advice(None if slowest is None else slowest.bound_by, running_host.start_flags())

@@ -2,7 +2,7 @@
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-const DRAWN = new Set(["OverflowMLOptimize", "OverflowMLPlanPreview"]);
+const DRAWN = new Set(["OverflowMLOptimize", "OverflowMLPlanPreview", "OverflowMLLoadAndQuantize"]);
 const COLOURS = { fixed_bytes: "#4f7fbf", resident_bytes: "#6fa8dc", streamed_bytes: "#d9a441", activation_bytes: "#8a8a8a" };
 const WORDS = { fixed_bytes: "fixed", resident_bytes: "resident", streamed_bytes: "streamed", activation_bytes: "activations" };
 const VERDICTS = { "fits": "success", "fits slower": "warn", "will not fit": "error" };

@@ -87,7 +87,7 @@ def environment(base: Path, with_package: bool = True) -> dict[str, str]:
     return made
 
 
-def start(comfyui: Path, base: Path, *arguments: str, with_package: bool = True) -> Host:
+def start(comfyui: Path, base: Path, *arguments: str, with_package: bool = True, with_pack: bool = True) -> Host:
     """Start the host on the CPU with our pack and a tiny model, and wait until it answers.
 
     Args:
@@ -95,12 +95,14 @@ def start(comfyui: Path, base: Path, *arguments: str, with_package: bool = True)
         base: an empty folder for its models, packs and outputs.
         arguments: further ones of the host's.
         with_package: whether its interpreter may see overflowml.
+        with_pack: whether our nodes are among its packs.
     """
     packs = base / "custom_nodes"
     packs.mkdir(parents=True)
     for folder in ("input", "output", "temp", "user"):
         (base / folder).mkdir()
-    (packs / "ComfyUI-OverflowML").symlink_to(CHECKOUT / "comfyui_nodes", target_is_directory=True)
+    if with_pack:
+        (packs / "ComfyUI-OverflowML").symlink_to(CHECKOUT / "comfyui_nodes", target_is_directory=True)
     (packs / "conditioning_pack").symlink_to(HERE / "conditioning_pack", target_is_directory=True)
     launch = [interpreter(), str(HERE / "launch.py"), str(comfyui)]
     made = environment(base, with_package)

@@ -31,7 +31,7 @@ def test_without_the_package_it_adds_no_nodes_and_says_in_one_line_what_to_insta
 
 def test_every_node_that_is_drawn_has_its_help():
     helped = {path.stem for path in (_PACK / "web" / "docs").glob("*.md")}
-    named = {line.split('"')[1] for line in (_PACK / "nodes.py").read_text().splitlines() if "node_id=" in line}
+    named = {line.split('"')[1] for file in _PACK.glob("*.py") for line in file.read_text().splitlines() if 'node_id="' in line}
 
     assert helped == named
-    assert len(named) == 5
+    assert len(named) == 6

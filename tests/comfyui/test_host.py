@@ -19,6 +19,7 @@ from graphs import FILE, previewed, sampled
 pytestmark = pytest.mark.comfyui
 
 _NODES = {"OverflowMLOptimize", "OverflowMLPlanPreview", "OverflowMLBudgetCheck", "OverflowMLMemoryGuard", "OverflowMLCalibrate"}
+_NODES |= {"OverflowMLLoadAndQuantize"}
 
 
 def _checkout():
@@ -201,7 +202,7 @@ def test_example_workflows_are_made_of_nodes_and_fields_that_the_host_has(host):
     info = host.get("/object_info")
     examples = sorted((host_server.CHECKOUT / "comfyui_nodes" / "example_workflows").glob("*.json"))
 
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         nodes = json.loads(example.read_text())["nodes"]
         assert {node["type"] for node in nodes} <= set(info), example.name
