@@ -105,7 +105,8 @@ def _candidates(setting: Setting) -> list[Candidate]:
 
 
 def _failure(candidates: Sequence[Candidate], setting: Setting) -> DoesNotFit:
-    """The error of the plainest candidate that failed, and as near misses those that fit and may not be used."""
+    """The error of the candidate that needs least of those that failed and might be used, the plainest of equals, and as near misses those
+    that fit and may not be used."""
     barred = [c for c in candidates if c.viable]
     remedies = {c.strategy: _remedy(c, setting) for c in barred}
     misses = tuple(
@@ -114,10 +115,12 @@ def _failure(candidates: Sequence[Candidate], setting: Setting) -> DoesNotFit:
         if c.estimate is not None and not judge.permitted(c, setting.limits) and judge.carried_out(c, setting.abilities)
     )
     lossy = f", or permit {misses[0].strategy} with {misses[0].remedy}" if misses else ""
+    able = [c for c in candidates if judge.permitted(c, setting.limits) and judge.carried_out(c, setting.abilities)]
     for kind in ("stream", "phased", "direct"):
-        for candidate in candidates:
-            if candidate.kind == kind and candidate.recipe is AS_IS and candidate.failure is not None:
-                return DoesNotFit(f"{candidate.failure}{lossy}", (*candidate.failure.near_misses, *misses))
+        failures = [c.failure for c in able if c.kind == kind and c.failure is not None]
+        if failures:
+            failure = min(failures, key=lambda one: one.near_misses[0].needed_bytes if one.near_misses else 0)
+            return DoesNotFit(f"{failure}{lossy}", (*failure.near_misses, *misses))
     excluded = [c for c in candidates if c.reason.startswith("excluded")]
     if excluded:
         return DoesNotFit(

@@ -164,3 +164,16 @@ def test_a_scale_for_a_whole_weight_is_one_element():
     assert PartSize(32, columns=0, rows=0).nbytes(3072, 3072) == 4
     assert PartSize(32, columns=0).nbytes(3072, 3072) == 4 * 3072
     assert PartSize(8, columns=16, rows=2).nbytes(5, 33) == 3 * 3
+
+
+def test_what_nothing_fits_is_refused_by_what_the_smallest_permitted_format_needs(plugins):
+    network, room = session.describe("8GB"), machine(6 * GIB)
+    with pytest.raises(DoesNotFit) as lossless:
+        session.make_plan(network, Limits(device_memory="10MB", quality="lossless"), machine=room, own_formats=(FP8,))
+    with pytest.raises(DoesNotFit) as converted:
+        session.make_plan(network, Limits(device_memory="10MB", quality="minimal"), machine=room, own_formats=(FP8,))
+
+    assert converted.value.near_misses[0].needed_bytes < lossless.value.near_misses[0].needed_bytes
+    assert session.make_plan(
+        network, Limits.exactly(converted.value.near_misses[0].needed_bytes, quality="minimal"), machine=room, own_formats=(FP8,)
+    )
