@@ -45,8 +45,8 @@ class HostFormat:
     """A format that the host computes with.
 
     Attributes:
-        name: what people choose; the core's name where it has the format, too.
-        algorithm: the host's name for it.
+        name: what people choose.
+        algorithm: the host's name for it, and the planner's: what torchao makes of the same number of bits are other bytes.
         layout: the host's class that makes it.
         parts: the tensors, in the order in which a file holds them.
         loss, relative_error: as in :class:`overflowml_core.formats.Format`.
@@ -131,6 +131,9 @@ FORMATS: dict[str, HostFormat] = {
 comfy-kitchen 0.2.31. INT8 has a scale for each row (one for all rows: 0.0121). Products of FP8 need multiples of 16; blocks of scales are
 laid out in tiles of 128 rows and 4 columns, which are whole for these multiples (comfy-kitchen, ``tensor/mxfp8.py``, ``nvfp4.py``)."""
 
+ALGORITHMS = {one.algorithm: one for one in FORMATS.values()}
+"""The same by the names that plans have them under."""
+
 _DECODING_BYTES = 8
 """Of memory for an element while the host decodes a weight, as for a LoRA or where the device has no product for the format: two tensors
 in float32 at most (comfy-kitchen 0.2.31, ``dequantize`` of each layout)."""
@@ -151,12 +154,12 @@ def planned(one: HostFormat, machine: Machine, is_native: bool, missing: str = "
     decoded = 0.0 if is_native else machine.rates_of(0).memory_bytes_per_s * _DECODED_SHARE_OF_TRAFFIC
     bits = sum(part.size.bits / (part.size.columns or 3072) / (part.size.rows or 3072) for part in one.parts)
     return Format(
-        name=one.name,
+        name=one.algorithm,
         bits_per_weight=bits,
         loss=one.loss,
         relative_error=one.relative_error,
         decode_bytes_per_s=decoded,
-        note=f"ComfyUI's {one.algorithm}",
+        note="ComfyUI's own",
         parts=tuple(part.size for part in one.parts),
         decoding_bytes=0 if is_native else _DECODING_BYTES,
         row_multiple=one.row_multiple,

@@ -75,7 +75,7 @@ def obtain(label: str, format_name: str | None, quality: str, fields: Mapping[st
         raise Unsupported(f"{source.path.name}: none of its layers can be quantized; load it with ComfyUI's own loader")
     part = decide(source.path.name, network, request, asked, running_host.machine())
     limited = clipped(part, request.budget_bytes)
-    formats = layer_formats(part, layers, FORMATS, asked.formats)
+    formats = layer_formats(part, layers, asked.formats)
     if not formats:
         kept = "weights as they are stored: no format of the permitted quality is worth it, or smaller, for this budget"
         return Loaded(running_loader.load_as_stored(source), source.path, Decision((part,)), (kept, *limited))

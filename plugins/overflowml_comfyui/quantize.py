@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overflowml_comfyui.decision import Part
-from overflowml_comfyui.formats import HostFormat
+from overflowml_comfyui.formats import ALGORITHMS, HostFormat
 from overflowml_comfyui.quantized_file import SCHEMA, Layout, Record, answers, lay_out, now_s, write
 from overflowml_comfyui.request import Request
 from overflowml_comfyui.source import Layer, Source
 from overflowml_core import environment, session
 from overflowml_core.errors import DoesNotFit, OverflowmlError, PlanMismatch
-from overflowml_core.facts import Limits, Machine, Network, digest
+from overflowml_core.facts import Limits, Machine, Network, TensorFact, digest
 from overflowml_core.formats import AS_STORED, Format
+from overflowml_core.inspect.tensor_groups import find_groups
 from overflowml_core.layout import align
 from overflowml_core.runtime.file_lock import Lock, take
 from overflowml_core.units import format_bytes
@@ -100,20 +102,17 @@ def clipped(part: Part, budget_bytes: int | None) -> list[str]:
     return [reason for reason in part.plan.reasons if "asked for" in reason][:1]
 
 
-def layer_formats(
-    part: Part, layers: Mapping[str, tuple[Layer, ...]], known: Mapping[str, HostFormat], formats: Sequence[Format]
-) -> dict[str, HostFormat]:
+def layer_formats(part: Part, layers: Mapping[str, tuple[Layer, ...]], formats: Sequence[Format]) -> dict[str, HostFormat]:
     """The format of each layer that a plan converts, by the layer's name: what the planner counted when it weighed the blocks.
 
     Args:
         part: with its plan.
         layers: that may be converted, by the name of their block.
-        known: the host's formats by name.
-        formats: the same as the planner knew them.
+        formats: as the planner knew them.
     """
     named = {one.name: one for one in formats}
     return {
-        layer.name: known[placement.format]
+        layer.name: ALGORITHMS[placement.format]
         for placement in (part.plan.placements() if part.plan is not None else ())
         if placement.format != AS_STORED
         for layer in layers.get(placement.block, ())
@@ -137,12 +136,14 @@ def work_out(source: Source, part: Part, formats: Mapping[str, HostFormat], made
     chosen = sorted((name, one.name) for name, one in formats.items())
     conversion = digest([SCHEMA, source.label, part.network_fingerprint, chosen, made_by])
     layout = lay_out(source, formats, Record(conversion, source.stamp, part.plan.fingerprint, made_by, now_s()))
-    slabs: dict[str, int] = {}
+    facts = [TensorFact(name, entry.shape, entry.dtype, entry.nbytes) for name, entry in source.tensors.items()]
+    blocks = {tensor.name: group.name for group in find_groups(facts)[0] for tensor in group.tensors}
+    slabs: Counter[str] = Counter()
     for stored, _ in layout.tensors:
         if not stored.mark:
-            slabs[stored.name] = align(stored.nbytes)
+            slabs[blocks.get(f"{stored.layer}.weight" if stored.layer else stored.name, "")] += align(stored.nbytes)
     for placement in part.plan.placements():
-        found = sum(nbytes for name, nbytes in slabs.items() if name.startswith(f"{placement.block}."))
+        found = slabs[placement.block]
         if found != placement.stored_bytes:
             raise PlanMismatch(
                 f"{source.path.name}, {placement.block}: the file would hold {found} bytes and the plan has {placement.stored_bytes}; "

@@ -36,6 +36,19 @@ _NO_CHECKSUM = "0" * 8
 _CHUNK_BYTES = 8 * 2**20
 _HEADER_ALIGNMENT_BYTES = 8
 _PART = ".part"
+_SMALL_BYTES = 64 * 2**10
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 _STALE_PART_S = 3600.0
 """Where a file system knows no locks, a part whose last change is longer ago is nobody's work any more."""
 
@@ -196,10 +209,7 @@ def _fill(layout: Layout, encoders: Mapping[str, Encoder], descriptor: int, prog
     checksums: dict[str, int] = {}
     total, done = sum(entry.nbytes for entry in source.tensors.values()), 0
     os.truncate(descriptor, layout.file_bytes)
-    try:
-        file = OpenFile(source.path)
-    except OSError as error:
-        raise BadCheckpoint(source.path, f"it cannot be read ({error})", "correct the path or its permissions") from None
+    file = _opened(source)
     try:
         _check(source, file)
         for name, entry in sorted(source.tensors.items(), key=lambda pair: pair[1].offset_bytes):
@@ -234,13 +244,46 @@ def _check(source: Source, file: OpenFile) -> None:
 
 
 def _read(file: OpenFile, entry: TensorEntry) -> Any:
-    """A weight of the source, as a tensor."""
+    """A tensor of the source."""
     import torch
 
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     data = torch.empty(entry.nbytes, dtype=torch.uint8)
     file.read([memoryview(data.numpy())], entry.offset_bytes, direct=False)
-    return data.view(dtypes[entry.dtype]).reshape(entry.shape)
+    return data.view(_dtype(entry)).reshape(entry.shape)
+
+
+def _dtype(entry: TensorEntry) -> Any:
+    import torch
+
+    return getattr(torch, _TORCH_NAMES[entry.dtype]) if entry.dtype in _TORCH_NAMES else None
+
+
+def light(source: Source) -> dict[str, Any]:
+    """The tensors of a source for whoever tells kinds of models apart: large ones without data, small ones with theirs.
+
+    Raises:
+        BadCheckpoint: the file cannot be read.
+    """
+    import torch
+
+    found = {}
+    file = _opened(source)
+    try:
+        for name, entry in source.tensors.items():
+            if entry.dtype not in _TORCH_NAMES or entry.nbytes > _SMALL_BYTES:
+                found[name] = torch.empty(entry.shape, dtype=_dtype(entry) or torch.uint8, device="meta")
+            else:
+                found[name] = _read(file, entry)
+    finally:
+        file.close()
+    return found
+
+
+def _opened(source: Source) -> OpenFile:
+    try:
+        return OpenFile(source.path)
+    except OSError as error:
+        raise BadCheckpoint(source.path, f"it cannot be read ({error})", "correct the path or its permissions") from None
 
 
 def _chunks(file: OpenFile, entry: TensorEntry) -> Iterator[memoryview]:

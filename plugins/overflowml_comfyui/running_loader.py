@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from overflowml_comfyui.formats import FORMATS, HostFormat
+from overflowml_comfyui.quantized_file import light
 from overflowml_comfyui.source import SUFFIXES, Source, check_kind, open_source
 from overflowml_core.errors import NotAModel, OverflowmlError, Unsupported
 
@@ -68,8 +69,7 @@ def linear_layers(source: Source) -> dict[str, tuple[int, int]]:
     import torch
     from comfy import model_detection
 
-    # Mapped by the file system and hardly read: some kinds are told apart by values.
-    weights = _mapped(source)
+    weights = light(source)  # some kinds are told apart by values, all of them small
     try:
         config = model_detection.model_config_from_unet(dict(weights), "", metadata=dict(source.header.metadata))
     except Exception as error:  # noqa: BLE001 -- detection indexes what it expects of a kind, and raises what that gives
@@ -89,13 +89,6 @@ def linear_layers(source: Source) -> dict[str, tuple[int, int]]:
     # The class for quantized files remembers the shape of its weight; nothing else of the host does so for two dimensions.
     shapes = {name: getattr(module, "_orig_shape", None) for name, module in modules if not isinstance(module, torch.nn.Embedding)}
     return {name: tuple(shape) for name, shape in shapes.items() if isinstance(shape, tuple) and len(shape) == 2}
-
-
-def _mapped(source: Source) -> dict[str, Any]:
-    import comfy.utils
-
-    everything: dict[str, Any] = comfy.utils.load_torch_file(str(source.path))
-    return {name: everything[entry.name] for name, entry in source.tensors.items()}
 
 
 def is_native(one: HostFormat) -> bool:

@@ -72,7 +72,7 @@ def worked_out(path, *names, prefix="", label="diffusion_models/tiny.safetensors
     network, layers = describe(source, linears(), request.workload)
     wanted = asked(*names)
     part = quantize.decide("tiny", network, request, wanted, machine())
-    formats = quantize.layer_formats(part, layers, FORMATS, wanted.formats)
+    formats = quantize.layer_formats(part, layers, wanted.formats)
     return quantize.work_out(source, part, formats, MADE_BY), part
 
 

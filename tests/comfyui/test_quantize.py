@@ -11,6 +11,7 @@ from quantizing import GIB, asked, is_linear_in_block, linears, machine, shapes,
 
 from overflowml_comfyui.formats import FORMATS
 from overflowml_comfyui.quantize import clipped, decide, file_name, layer_formats, obtain_file
+from overflowml_comfyui.quantized_file import light
 from overflowml_comfyui.request import request_of
 from overflowml_comfyui.source import describe, model_of, open_source
 from overflowml_core.errors import BadCheckpoint, BadSize, DoesNotFit, NotAModel, OverflowmlError, UnsafeCheckpoint, Unsupported
@@ -35,7 +36,7 @@ def test_the_plan_converts_what_is_linear_in_blocks_and_counts_its_bytes(path, n
     layout, part = worked_out(path, name)
 
     assert {f"{layer}.weight" for layer in layout.formats} == {weight for weight in shapes() if is_linear_in_block(weight)}
-    assert part.plan.formats == (name,)
+    assert part.plan.formats == (FORMATS[name].algorithm,)
     whole = sum(entry.nbytes for entry in layout.source.tensors.values())
     assert layout.weight_bytes < whole
     assert file_name(layout).startswith(f"tiny-{name}-")
@@ -56,6 +57,21 @@ def test_layers_that_the_host_would_not_read_in_a_format_stay(path):
     )
 
 
+def test_tensors_in_the_middle_of_no_module_count_outside_the_blocks(tmp_path):
+    path = tmp_path / "wan.safetensors"
+    write_header(path, {**shapes(), "single_blocks.0.modulation": (1, 6, 128), "scale_shift_table": (6, 128)})
+    layout, part = worked_out(path, "int8")
+
+    assert part.plan.phases[0].fixed_bytes > worked_out_fixed_bytes(tmp_path)
+    assert {"single_blocks.0.modulation", "scale_shift_table"} <= {stored.name for stored, _ in layout.tensors}
+
+
+def worked_out_fixed_bytes(folder):
+    path = folder / "plain.safetensors"
+    write_header(path, shapes())
+    return worked_out(path, "int8")[1].plan.phases[0].fixed_bytes
+
+
 def test_layers_whose_shape_a_format_cannot_have_stay_in_a_file_of_the_others(tmp_path):
     path = tmp_path / "odd.safetensors"
     odd = {**shapes(), "single_blocks.0.linear2.weight": (120, 640), "single_blocks.0.linear2.bias": (120,)}
@@ -66,7 +82,7 @@ def test_layers_whose_shape_a_format_cannot_have_stay_in_a_file_of_the_others(tm
     wanted = asked("nvfp4")
     part = decide("odd", network, request_of({}), wanted, machine())
 
-    chosen = layer_formats(part, layers, FORMATS, wanted.formats)
+    chosen = layer_formats(part, layers, wanted.formats)
     assert "single_blocks.0.linear2" not in chosen
     assert "single_blocks.0.linear1" in chosen
 
@@ -81,13 +97,13 @@ def test_auto_leaves_weights_as_they_are_where_they_fit_and_converts_where_they_
     wanted = asked("int8", "fp8", "nvfp4", quality="minimal", is_demanded=False)
 
     roomy = decide("flux", network, request_of({}), wanted, machine(80 * GIB))
-    assert layer_formats(roomy, layers, FORMATS, wanted.formats) == {}
+    assert layer_formats(roomy, layers, wanted.formats) == {}
     tight = decide("flux", network, request_of({"budget": "16GB"}), wanted, machine(24 * GIB))
-    assert {one.name for one in layer_formats(tight, layers, FORMATS, wanted.formats).values()} == {"int8"}  # the most exact of equals
+    assert {one.name for one in layer_formats(tight, layers, wanted.formats).values()} == {"int8"}  # the most exact of equals
     assert tight.verdict == "fits"
     any_loss = asked("int8", "fp8", "nvfp4", quality="any", is_demanded=False)
     least = decide("flux", network, request_of({"budget": "9GB"}), any_loss, machine(24 * GIB))
-    assert {one.name for one in layer_formats(least, layers, FORMATS, any_loss.formats).values()} == {"nvfp4"}
+    assert {one.name for one in layer_formats(least, layers, any_loss.formats).values()} == {"nvfp4"}
 
 
 @pytest.mark.parametrize("budget", ["0", "0GB", "-1GB", "nan"])
@@ -182,6 +198,16 @@ def test_a_quantized_text_encoder_beside_the_model_does_not_count(tmp_path):
     source = model_of(open_source(path, "x"), "model.diffusion_model.")
 
     assert set(source.tensors) == set(shapes())
+
+
+def test_of_a_model_that_is_told_apart_only_small_tensors_are_read(path):
+    pytest.importorskip("torch", exc_type=ImportError)
+    source = open_source(path, "x")
+    found = light(source)
+
+    assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes()
+    assert {tensor.is_meta for tensor in found.values()} == {True, False}
+    assert all(tensor.is_meta == (entry.nbytes > 2**16) for tensor, entry in zip(found.values(), source.tensors.values(), strict=True))
 
 
 def test_a_file_without_weights_is_no_model(tmp_path):
