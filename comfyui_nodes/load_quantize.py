@@ -13,8 +13,6 @@ from overflowml_core.errors import OverflowmlError
 from .nodes import described
 from .schema import PlanType, budget_fields, schema, shown, size_fields
 
-_AUTO = "auto"
-
 
 class LoadAndQuantize(io.ComfyNode):
     """Quantizes a model once, block by block, and loads it from its file ever after."""
@@ -37,8 +35,8 @@ class LoadAndQuantize(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "format",
-                    options=[_AUTO, *loader.offered()],
-                    default=_AUTO,
+                    options=[loader.AUTO, *loader.offered()],
+                    default=loader.AUTO,
                     tooltip="auto: the plan decides, and leaves weights as they are where they fit as fast. Else every layer that may be "
                     "quantized is. int8 is the most exact; only formats that this device can run are listed.",
                 ),
@@ -62,8 +60,8 @@ class LoadAndQuantize(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: Any, format: Any) -> bool | str:
         """Take what is not in the lists, too, and say in a sentence what is wrong with it."""
-        if format != _AUTO and format not in FORMATS:
-            return f"format={format!r}: not one of {', '.join((_AUTO, *FORMATS))}"
+        if format != loader.AUTO and format not in FORMATS:
+            return f"format={format!r}: not one of {', '.join((loader.AUTO, *FORMATS))}"
         try:
             loader.check(file)
         except OverflowmlError as error:
@@ -76,8 +74,8 @@ class LoadAndQuantize(io.ComfyNode):
         return loader.stamp_of(file)
 
     @classmethod
-    def execute(cls, file: str, format: str = _AUTO, quality: str = "minimal", **fields: Any) -> io.NodeOutput:
+    def execute(cls, file: str, format: str = loader.AUTO, quality: str = "minimal", **fields: Any) -> io.NodeOutput:
         """Plan, make the file where it is not there yet, and load it with ComfyUI's own loader."""
-        loaded = loader.obtain(file, None if format == _AUTO else format, quality, fields)
+        loaded = loader.obtain(file, None if format == loader.AUTO else format, quality, fields)
         picture, text = described(loaded.decision, "\n".join(loaded.sentences))
         return io.NodeOutput(loaded.model, str(loaded.path), loaded.decision, text, ui=shown(picture, text))

@@ -7,7 +7,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import io
 
-from overflowml_comfyui import running_host
+from overflowml_comfyui import loader, running_host
 from overflowml_comfyui.decision import Decision, Part, decide_file, decide_module, over_budget
 from overflowml_comfyui.lowering import flag_advice
 from overflowml_comfyui.measurement import Measurement
@@ -217,7 +217,7 @@ def watch_prompts() -> None:
 
 
 def _decide_prompt(prompt: object) -> Decision:
-    return decide_graph(prompt, running_host.file_of, running_host.machine())
+    return decide_graph(prompt, running_host.file_of, running_host.machine(), loader.foresee)
 
 
 def _tell_verdict(decision: Decision, client: str | None) -> None:

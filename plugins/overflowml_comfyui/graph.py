@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 LOADERS: dict[str, tuple[tuple[str, str], ...]] = {
     "UNETLoader": (("unet_name", "diffusion_models"),),
@@ -17,6 +18,10 @@ LOADERS: dict[str, tuple[tuple[str, str], ...]] = {
 """The host's own loaders, each with the inputs that name files and the folder kinds where these lie (ComfyUI 0.33, nodes.py)."""
 
 OPTIMIZE = "OverflowMLOptimize"
+QUANTIZE = "OverflowMLLoadAndQuantize"
+"""Our own loader. Its file names the folder kind, too, and what is asked of it stands in its own fields."""
+
+_QUANTIZE_FIELDS = ("budget", "reserve", "format", "quality")
 
 _MODEL_INPUTS = ("model", "guider")
 _SIZE_INPUTS = {"width": "width", "height": "height", "length": "frames", "batch_size": "batch"}
@@ -54,14 +59,34 @@ def loads_of(prompt: object) -> tuple[Load, ...]:
         first = first or sizes
         path = list(_upstream(nodes, start, _MODEL_INPUTS))
         for reached in path:
-            if str(nodes[reached].get("class_type")) in LOADERS:
+            if str(nodes[reached].get("class_type")) in (*LOADERS, QUANTIZE):
                 sized.setdefault(reached, {**sizes, **_asked(nodes, path)})
+    ours = [
+        Load(name, *_split(node["inputs"]["file"]), {**sized.get(name, first), **_own(node["inputs"])})
+        for name, node in nodes.items()
+        if node.get("class_type") == QUANTIZE and isinstance(node["inputs"].get("file"), str)
+    ]
+    return (*ours, *_host_loads(nodes, sized, first))
+
+
+def _host_loads(
+    nodes: Mapping[str, Mapping[str, Any]], sized: Mapping[str, dict[str, object]], first: dict[str, object]
+) -> tuple[Load, ...]:
     return tuple(
         Load(name, folder, node["inputs"][key], sized.get(name, first))
         for name, node in nodes.items()
         for key, folder in LOADERS.get(str(node.get("class_type")), ())
         if isinstance(node["inputs"].get(key), str)
     )
+
+
+def _split(label: str) -> tuple[str, str]:
+    folder, _, name = label.partition("/")
+    return folder, name
+
+
+def _own(inputs: Mapping[str, object]) -> dict[str, object]:
+    return {key: inputs[key] for key in _QUANTIZE_FIELDS if isinstance(inputs.get(key), str)}
 
 
 def _link(value: object) -> str | None:

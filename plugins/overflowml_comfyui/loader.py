@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from overflowml_comfyui.formats import FORMATS, HostFormat, planned
 from overflowml_comfyui.quantize import Asked, Made, clipped, decide, layer_formats, obtain_file, sentences, work_out
 from overflowml_comfyui.request import request_of
 from overflowml_comfyui.source import Source, describe, model_of
-from overflowml_core.errors import OverflowmlError, PlanMismatch, Unsupported
+from overflowml_core.errors import DoesNotFit, OverflowmlError, PlanMismatch, Unsupported
+
+AUTO = "auto"
+"""In place of a format: the plan chooses, or leaves weights as they are."""
 
 offered, sources = running_loader.offered, running_loader.sources
 
@@ -83,9 +86,32 @@ def obtain(label: str, format_name: str | None, quality: str, fields: Mapping[st
     return Loaded(_model(made), made.path, Decision((part,)), (*sentences(made), *limited))
 
 
-def _asked(format_name: str | None, quality: str) -> Asked:
+def foresee(label: str, fields: Mapping[str, object]) -> Part:
+    """The plan for a file before the node runs: by its header alone, every matrix in a block taken for a linear layer. Tries nothing out.
+
+    Args:
+        label: the file, as :func:`sources` names it.
+        fields: of the node, and sizes.
+
+    Raises:
+        OverflowmlError: it cannot be described.
+    """
+    request = request_of(fields)
+    whole = running_loader.source_of(label)
+    source = model_of(whole, running_loader.prefix_of(whole))
+    matrices = {name.removesuffix(".weight"): entry.shape for name, entry in source.tensors.items() if name.endswith(".weight")}
+    network, _ = describe(source, {name: (shape[0], shape[1]) for name, shape in matrices.items() if len(shape) == 2}, request.workload)
+    name = str(fields.get("format"))
+    asked = _asked(None if name == AUTO else name, str(fields.get("quality")), running_loader.unknown)
+    try:
+        return decide(source.path.name, network, request, asked, running_host.machine())
+    except DoesNotFit as refusal:
+        return Part(source.path.name, None, str(refusal), network.fingerprint, request.workload)
+
+
+def _asked(format_name: str | None, quality: str, absence: Callable[[HostFormat], str] = running_loader.missing) -> Asked:
     names = list(FORMATS) if format_name is None else [format_name]
-    absent = {name: running_loader.missing(FORMATS[name]) for name in names}
+    absent = {name: absence(FORMATS[name]) for name in names}
     if format_name is not None and absent[format_name]:
         raise Unsupported(absent[format_name])
     machine = running_host.machine()

@@ -17,7 +17,12 @@ from overflowml_core.facts import Machine
 _log = logging.getLogger("overflowml")
 
 
-def decide_graph(prompt: object, find_file: Callable[[str, str], Path | None], machine: Machine) -> Decision:
+def decide_graph(
+    prompt: object,
+    find_file: Callable[[str, str], Path | None],
+    machine: Machine,
+    foresee: Callable[[str, Mapping[str, object]], Part] | None = None,
+) -> Decision:
     """Plan for every file that a graph loads, by headers alone.
 
     A file that cannot be described (an unknown format, a missing one, which the host itself complains of) is left out.
@@ -26,6 +31,7 @@ def decide_graph(prompt: object, find_file: Callable[[str, str], Path | None], m
         prompt: as the host queues it.
         find_file: where a file of a folder kind lies.
         machine: where it would run.
+        foresee: plans for a file that will be quantized, by its label and the node's fields; None leaves such files out.
     """
     parts: dict[tuple[str, str], Part] = {}
     for load in loads_of(prompt):
@@ -33,7 +39,10 @@ def decide_graph(prompt: object, find_file: Callable[[str, str], Path | None], m
         if path is None:
             continue
         try:
-            parts.setdefault((load.folder, load.file), decide_file(path, request_of(load.fields), machine))
+            if "format" not in load.fields:
+                parts.setdefault((load.folder, load.file), decide_file(path, request_of(load.fields), machine))
+            elif foresee is not None:
+                parts[load.folder, load.file] = foresee(f"{load.folder}/{load.file}", load.fields)
         except (OverflowmlError, OSError) as error:
             _log.info("%s is not predicted: %s", load.file, error)
     return Decision(tuple(parts.values()))

@@ -108,20 +108,21 @@ def is_native(one: HostFormat) -> bool:
 
 def offered() -> list[str]:
     """The formats that this host knows and its device has arithmetic for. Nothing is tried for it."""
-    return [name for name, one in FORMATS.items() if not _unknown(one)]
+    return [name for name, one in FORMATS.items() if not unknown(one)]
 
 
 def missing(one: HostFormat) -> str:
     """Why this host, or its device, cannot run a format; empty where a small weight was converted and decoded on it."""
     import comfy.model_management as management
 
-    unknown = _unknown(one)
-    fault = "" if unknown else encoder(one).fault()
+    why_not = unknown(one)
+    fault = "" if why_not else encoder(one).fault()
     name = management.get_torch_device_name(management.get_torch_device())
-    return f"{one.name}: it does not work on this device ({name}: {fault}); choose another format" if fault else unknown
+    return f"{one.name}: it does not work on this device ({name}: {fault}); choose another format" if fault else why_not
 
 
-def _unknown(one: HostFormat) -> str:
+def unknown(one: HostFormat) -> str:
+    """Why this host does not know a format, or its device has no arithmetic for it; empty otherwise. Nothing is tried for it."""
     import comfy.model_management as management
 
     if _layout(one) is None:

@@ -86,3 +86,29 @@ _nodes = st.fixed_dictionaries(
 def test_any_json_is_read_without_an_error(prompt):
     for load in loads_of(prompt):
         assert isinstance(load.file, str)
+
+
+def test_our_own_loader_names_the_folder_and_what_is_asked_of_it():
+    ours = {
+        "class_type": "OverflowMLLoadAndQuantize",
+        "inputs": {
+            "file": "checkpoints/sub/a.safetensors",
+            "format": "int8",
+            "quality": "minimal",
+            "budget": "9GB",
+            "reserve": "",
+            "width": 8,
+        },
+    }
+    load = loads_of(_prompt(**{"1": ours}))[0]
+
+    assert (load.folder, load.file) == ("checkpoints", "sub/a.safetensors")
+    assert load.fields == {
+        **{"width": 1344, "height": 768, "batch": 2, "steps": 28},
+        **{"budget": "9GB", "reserve": "", "format": "int8", "quality": "minimal"},
+    }
+    assert [load.file for load in loads_of(_prompt(**{"1": {**ours, "inputs": {"file": 7}}}))] == [
+        "ae.safetensors",
+        "clip_l.safetensors",
+        "t5.safetensors",
+    ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import host_server
@@ -89,6 +90,16 @@ def test_files_have_the_bytes_of_the_plan_and_results_are_close(host, quantized)
         assert 0 < float(lost) < most, (format, float(lost))
         largest = (latent - plain).abs().max() / plain.square().mean().sqrt()
         print(f"{format}: {path.stat().st_size} bytes, rms {float(lost):.4f}, largest {float(largest):.4f} of the latents' rms")  # noqa: T201
+
+
+def test_what_a_made_file_says_of_itself(host, quantized):
+    raw = _made(host, "fp8").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    record = json.loads(header["__metadata__"]["overflowml"])
+
+    assert record["made_by"].startswith("comfy-kitchen ")
+    assert record["plan"] == quantized["fp8"][1]["overflowml"][0]["parts"][0]["plan_fingerprint"]
+    assert int(header["__metadata__"]["overflowml_crc32"], 16) > 0
 
 
 def test_the_host_loads_and_samples_them_without_us_with_the_same_bits(host, quantized, tmp_path):
@@ -230,11 +241,42 @@ def test_an_unknown_architecture_is_one_sentence(host, quantized):
         (folder / "unknown.safetensors").unlink()
 
 
-def test_what_a_made_file_says_of_itself(host, quantized):
-    raw = _made(host, "fp8").read_bytes()
-    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    record = json.loads(header["__metadata__"]["overflowml"])
+def test_the_page_hears_before_the_run_what_the_node_plans(host, quantized):
+    graph = _graph(format="fp8", budget="12MB", seed=9, name="told")
+    listen = [host_server.interpreter(), str(Path(__file__).parent / "listen.py"), host.url.removeprefix("http://")]
+    environment = host_server.environment(host.base)
+    done = subprocess.run(listen, input=json.dumps(graph), env=environment, capture_output=True, text=True, timeout=120, check=True)
+    (verdict,) = [event["data"] for event in map(json.loads, done.stdout.splitlines()) if event["type"] == "overflowml.verdict"]
 
-    assert record["made_by"].startswith("comfy-kitchen ")
-    assert record["plan"] == quantized["fp8"][1]["overflowml"][0]["parts"][0]["plan_fingerprint"]
-    assert int(header["__metadata__"]["overflowml_crc32"], 16) > 0
+    assert verdict["parts"][0]["plan_fingerprint"] == _record(host, "fp8", "12MB")["plan_fingerprint"]
+    assert verdict["verdict"] == "fits"
+
+
+def _record(host, format, budget):
+    """What the node shows for a budget."""
+    return host.run(_graph(format=format, budget=budget, name="shown"))["outputs"]["1"]["overflowml"][0]["parts"][0]
+
+
+def test_a_checkpoints_diffusion_model_is_taken_out_of_it(host, quantized):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = host.base / "models" / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    weights = load_file(host.base / "models" / "diffusion_models" / FILE)
+    whole = {f"model.diffusion_model.{name}": weight for name, weight in weights.items()}
+    save_file({**whole, "first_stage_model.decoder.conv_in.weight": torch.ones(4, 4, 3, 3)}, str(folder / "whole.safetensors"))
+    ended = host.run(_graph("checkpoints/whole.safetensors", format="fp8", name="checkpoint"))
+
+    (made,) = (host.base / "models" / "diffusion_models").glob("whole-fp8-*.safetensors")
+    assert made.stat().st_size == _made(host, "fp8").stat().st_size
+    assert torch.equal(_latent(host, ended), quantized["fp8"][0])
+    as_stored = host.run(_graph("checkpoints/whole.safetensors", format="auto", name="checkpoint"))
+    assert torch.equal(_latent(host, as_stored), quantized["plain"][0])
+
+
+def test_a_model_of_it_can_be_copied_reloaded_and_patched_like_the_hosts_own(host, quantized):
+    script = Path(__file__).parent / "check_quantized.py"
+    said = host_server.run_script(_checkout(), host.base, script, str(_made(host, "int8")), str(host.base))
+
+    assert "patched, copied and loaded again" in said

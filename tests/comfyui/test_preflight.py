@@ -84,3 +84,19 @@ def test_a_damaged_or_missing_file_is_left_to_the_host(tmp_path, content):
     assert decide_graph(_prompt("bad.safetensors"), lambda *_: path, _machine()).parts == ()
     assert decide_graph(_prompt("gone.safetensors"), lambda *_: None, _machine()).parts == ()
     assert decide_graph(_prompt("gone.safetensors"), lambda *_: tmp_path / "gone.safetensors", _machine()).parts == ()
+
+
+def test_a_file_that_will_be_quantized_is_planned_by_whoever_knows_the_formats(tmp_path):
+    path = tmp_path / "flux.safetensors"
+    write_header(path, flux_shapes(256, 3, 6))
+    fields = {"file": "checkpoints/flux.safetensors", "format": "int8", "quality": "minimal", "budget": "", "reserve": ""}
+    prompt = {**_prompt("x"), "1": {"class_type": "OverflowMLLoadAndQuantize", "inputs": fields}}
+    asked = []
+
+    def foresee(label, fields):
+        asked.append((label, fields["format"], fields["width"]))
+        return _PART
+
+    assert decide_graph(prompt, lambda *_: path, _machine(), foresee).parts == (_PART,)
+    assert asked == [("checkpoints/flux.safetensors", "int8", 1024)]
+    assert decide_graph(prompt, lambda *_: path, _machine()).parts == ()
