@@ -19,6 +19,8 @@ function seconds(time) {
   return time < 1 ? `${(time * 1000).toPrecision(3)} ms` : `${time.toFixed(2)} s`;
 }
 
+const MEASURED = new Map(); // seconds of a step by the part's key: a cached node shows again what was known when it ran
+
 function element(tag, text, style) {
   const made = document.createElement(tag);
   made.textContent = text ?? ""; // never HTML: names of files are strangers' text
@@ -46,7 +48,8 @@ function drawPart(part) {
   box.append(bar(part), element("div", sizes.join(" · ")));
   box.append(element("div", `peak ${bytes(part.peak_bytes)} of ${bytes(part.budget_bytes)}`));
   const predicted = seconds(part.predicted_step_s) ?? "not predicted";
-  const measured = seconds(part.measured_step_s) ?? "not yet";
+  if (part.measured_step_s) MEASURED.set(part.key, part.measured_step_s);
+  const measured = seconds(part.measured_step_s ?? MEASURED.get(part.key)) ?? "not yet";
   box.append(element("div", `step: predicted ${predicted} · measured ${measured}`), element("div", part.limit));
   return box;
 }

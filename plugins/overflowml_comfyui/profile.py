@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from overflowml_core.facts import Component, Network, Workload
+from overflowml_core.facts import Component, Network, TensorFact, Workload
 from overflowml_core.inspect.image_shapes import image_component
 from overflowml_core.inspect.tensor_groups import ComponentName
 from overflowml_core.runtime.component import weight_facts
+from overflowml_core.runtime.structure import DTYPE_NAMES
 
 
 def with_profiles(network: Network, module: Any, workload: Workload) -> Network | None:
@@ -20,10 +21,25 @@ def with_profiles(network: Network, module: Any, workload: Workload) -> Network 
         workload: pixels, frames, batch and steps.
     """
     component = network.components[0]
-    guess = image_component(ComponentName(component.name, ""), weight_facts(module), workload)
+    guess = image_component(ComponentName(component.name, ""), _whole_weights(module), workload)
     if not guess.profiles:
         return None
     return replace(network, components=(_joined(component, guess), *network.components[1:]))
+
+
+def _whole_weights(module: Any) -> list[TensorFact]:
+    """The weights by the shapes that they compute with and the bytes that they take: a quantized one is one weight, not its parts."""
+    weights: dict[str, Any] = dict(module.named_parameters())
+    whole: dict[str, TensorFact] = {}
+    for part in weight_facts(module):
+        name = part.name.partition(" (")[0]  # its kind stands behind it
+        weight = weights.get(name)
+        if name == part.name or weight is None:
+            whole[part.name] = part
+            continue
+        nbytes = part.nbytes + (whole[name].nbytes if name in whole else 0)
+        whole[name] = TensorFact(name, tuple(weight.shape), DTYPE_NAMES.get(weight.dtype, part.dtype), nbytes)
+    return list(whole.values())
 
 
 def _joined(component: Component, guess: Component) -> Component:

@@ -16,7 +16,7 @@ pytest.importorskip("comfy_kitchen", reason="no comfy-kitchen: pip install comfy
 
 import quantizing
 import torch
-from flux_files import flux_shapes, write_header
+from flux_files import flux_shapes, live_flux, write_header
 from quantizing import encoder, is_linear_in_block, save_model, shapes, worked_out
 from safetensors import safe_open
 
@@ -352,3 +352,30 @@ def test_a_model_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
 
     assert layout.file_bytes < nbytes * 0.55
     assert took < nbytes // 3, (nbytes, took)
+
+
+def test_a_live_model_with_quantized_weights_computes_what_it_did_and_holds_less():
+    from overflowml_comfyui.profile import with_profiles
+    from overflowml_core import session
+    from overflowml_core.facts import Workload
+
+    def described(change):
+        module = live_flux(flux_shapes(128, 2, 2, 64, 32), "tests")
+        for name, weight in list(module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            values = change(name, torch.zeros(weight.shape, dtype=torch.bfloat16))
+            setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
+        workload = Workload(width=512, height=512, steps=4)
+        return with_profiles(session.describe(module, workload), module, workload).components[0]
+
+    def quantized(name, values):
+        from comfy_kitchen.tensor import QuantizedTensor
+
+        is_one = is_linear_in_block(name)
+        return QuantizedTensor.from_float(values, "TensorWiseINT8Layout", per_channel=True) if is_one else values
+
+    plain, small = described(lambda name, values: values), described(quantized)
+
+    assert small.activation_bytes == plain.activation_bytes > 10**6
+    assert small.weight_bytes < 0.7 * plain.weight_bytes
+    assert len(small.profiles) == len(plain.profiles) == 1
