@@ -12,6 +12,10 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
@@ -56,17 +60,32 @@ class Host:
         except urllib.error.HTTPError as error:
             return json.loads(error.read())
 
-    def run(self, prompt: dict[str, object]) -> dict[str, object]:
-        """Queue a graph in API form and wait for its history; the history may come a moment after the event that tells of its end."""
+    def run(self, prompt: dict[str, object], pause_s: float = 0.05) -> dict[str, object]:
+        """Queue a graph in API form and wait for its history, looking for it every ``pause_s`` seconds."""
+        return self.wait(self.queue(prompt), pause_s)
+
+    def queue(self, prompt: dict[str, object]) -> str:
+        """Queue a graph in API form."""
         queued = self.post("/prompt", {"prompt": prompt})
         assert "prompt_id" in queued, queued
+        return queued["prompt_id"]
+
+    def wait(self, prompt_id: str, pause_s: float = 0.05) -> dict[str, object]:
+        """A graph's history, which may come a moment after the event that tells of its end."""
         until = time.monotonic() + _RUN_S
         while time.monotonic() < until:
-            history = self.get(f"/history/{queued['prompt_id']}")
-            if queued["prompt_id"] in history and history[queued["prompt_id"]]["status"]["completed"] is not None:
-                return history[queued["prompt_id"]]
-            time.sleep(0.05)
+            history = self.get(f"/history/{prompt_id}")
+            if prompt_id in history and history[prompt_id]["status"]["completed"] is not None:
+                return history[prompt_id]
+            time.sleep(pause_s)
         raise AssertionError(f"the graph did not end within {_RUN_S} s; the host says:\n{self.log[-3000:]}")
+
+    def latent(self, ended: dict[str, object], node: str = "6") -> torch.Tensor:
+        """What a SaveLatent node of a graph kept."""
+        from safetensors.torch import load_file
+
+        assert ended["status"]["status_str"] == "success", ended["status"]
+        return load_file(self.base / "output" / ended["outputs"][node]["latents"][0]["filename"])["latent_tensor"]
 
     def stop(self) -> None:
         """End the process."""
@@ -87,7 +106,13 @@ def environment(base: Path, with_package: bool = True) -> dict[str, str]:
     return made
 
 
-def start(comfyui: Path, base: Path, *arguments: str, with_package: bool = True, with_pack: bool = True) -> Host:
+def error_of(ended: dict[str, object]) -> str:
+    """What a graph that failed shows in the page."""
+    assert ended["status"]["status_str"] == "error", ended["status"]
+    return next(values for event, values in ended["status"]["messages"] if event == "execution_error")["exception_message"].strip()
+
+
+def start(comfyui: Path, base: Path, *arguments: str, with_package: bool = True, with_pack: bool = True, card_bytes: int = 0) -> Host:
     """Start the host on the CPU with our pack and a tiny model, and wait until it answers.
 
     Args:
@@ -96,6 +121,7 @@ def start(comfyui: Path, base: Path, *arguments: str, with_package: bool = True,
         arguments: further ones of the host's.
         with_package: whether its interpreter may see overflowml.
         with_pack: whether our nodes are among its packs.
+        card_bytes: have it believe that the CPU is a card with so much memory.
     """
     packs = base / "custom_nodes"
     packs.mkdir(parents=True)
@@ -103,14 +129,17 @@ def start(comfyui: Path, base: Path, *arguments: str, with_package: bool = True,
         (base / folder).mkdir()
     if with_pack:
         (packs / "ComfyUI-OverflowML").symlink_to(CHECKOUT / "comfyui_nodes", target_is_directory=True)
-    (packs / "conditioning_pack").symlink_to(HERE / "conditioning_pack", target_is_directory=True)
+    (packs / "other_pack").symlink_to(HERE / "other_pack", target_is_directory=True)
     launch = [interpreter(), str(HERE / "launch.py"), str(comfyui)]
     made = environment(base, with_package)
-    run_script(comfyui, base, HERE / "make_models.py", str(base / "models" / "diffusion_models"))
+    run_script(comfyui, base, HERE / "make_models.py", str(base / "models"))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ["--cpu", "--base-directory", str(base), "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--port", str(port)]
+    if card_bytes:
+        made["OVERFLOWML_TEST_CARD"] = str(card_bytes)
+    device = [] if card_bytes else ["--cpu"]
+    flags = [*device, "--base-directory", str(base), "--disable-api-nodes", "--database-url", "sqlite:///:memory:", "--port", str(port)]
     with (base / "host.log").open("wb") as log:
         process = subprocess.Popen([*launch, *flags, *arguments], env=made, stdout=log, stderr=subprocess.STDOUT)
     host = Host(process, port, base)

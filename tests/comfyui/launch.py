@@ -1,7 +1,7 @@
 """Starts the host with the CPU build of torch: ``python launch.py CHECKOUT [the host's arguments]``.
 
 torch's CPU build has no torchvision of its own; that of the CUDA build imports once the operators exist that its library would bring.
-Nothing in the tests calls them.
+Nothing in the tests calls them. With OVERFLOWML_TEST_CARD the host computes on the CPU without its flag ``--cpu``, which excludes others.
 """
 
 from __future__ import annotations
@@ -26,6 +26,13 @@ def main() -> None:
     os.chdir(root)
     script = os.environ.get("OVERFLOWML_TEST_SCRIPT") or os.path.join(root, "main.py")
     sys.argv = [script, *sys.argv[2:]]
+    if os.environ.get("OVERFLOWML_TEST_CARD"):
+        import comfy.options
+
+        comfy.options.enable_args_parsing()
+        from comfy.cli_args import args
+
+        args.cpu = True
     runpy.run_path(script, run_name="__main__")
 
 

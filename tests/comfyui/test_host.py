@@ -26,25 +26,6 @@ def _checkout():
     return Path(os.environ["COMFYUI_PATH"])
 
 
-@pytest.fixture(scope="module")
-def host(tmp_path_factory):
-    running = host_server.start(_checkout(), tmp_path_factory.mktemp("host") / "base")
-    yield running
-    running.stop()
-
-
-def _latent(host, ended):
-    from safetensors.torch import load_file
-
-    assert ended["status"]["status_str"] == "success", ended["status"]
-    return load_file(host.base / "output" / ended["outputs"]["6"]["latents"][0]["filename"])["latent_tensor"]
-
-
-def _error(ended):
-    assert ended["status"]["status_str"] == "error"
-    return next(values for event, values in ended["status"]["messages"] if event == "execution_error")["exception_message"].strip()
-
-
 def test_the_host_shows_every_node_and_starts_without_a_warning_of_ours(host):
     info = host.get("/object_info")
 
@@ -56,10 +37,10 @@ def test_the_host_shows_every_node_and_starts_without_a_warning_of_ours(host):
 def test_latents_are_the_same_bit_for_bit_and_the_step_is_measured(host):
     import torch
 
-    plain = _latent(host, host.run(sampled()))
+    plain = host.latent(host.run(sampled()))
     ended = host.run(sampled({"budget": "12MB", "latent": ["4", 0]}, name="optimized"))
 
-    assert torch.equal(plain, _latent(host, ended))
+    assert torch.equal(plain, host.latent(ended))
     shown = ended["outputs"]["2"]["overflowml"][0]
     assert shown["parts"][0]["plan_fingerprint"]
     kept = (host.base / "cache" / "comfyui" / "measurements.json").read_text()
@@ -99,7 +80,7 @@ def test_the_budget_check_stops_the_graph_with_the_plans_own_words(host):
         "3": {"class_type": "EmptySD3LatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
         "6": {"class_type": "SaveLatent", "inputs": {"samples": ["2", 0], "filename_prefix": "checked"}},
     }
-    message = _error(host.run(graph))
+    message = host_server.error_of(host.run(graph))
     graph["1"]["inputs"]["budget"] = "20MB"
     passed = host.run(graph)
 
@@ -110,7 +91,7 @@ def test_the_budget_check_stops_the_graph_with_the_plans_own_words(host):
 
 @pytest.mark.parametrize("budget", ["0GB", "much", "12"])
 def test_a_bad_budget_is_one_sentence_and_the_next_graph_runs(host, budget):
-    message = _error(host.run(sampled({"budget": budget})))
+    message = host_server.error_of(host.run(sampled({"budget": budget})))
 
     assert message.startswith(f"budget='{budget}'")
     assert len(message.splitlines()) == 1
@@ -121,11 +102,11 @@ def test_the_memory_guard_frees_and_hands_on(host):
     import torch
 
     graph = sampled(name="guarded")
-    plain = _latent(host, host.run(graph))
+    plain = host.latent(host.run(graph))
     graph["7"] = {"class_type": "OverflowMLMemoryGuard", "inputs": {"value": ["4", 0], "free": "1MB"}}
     graph["5"]["inputs"]["latent_image"] = ["7", 0]
 
-    assert torch.equal(plain, _latent(host, host.run(graph)))
+    assert torch.equal(plain, host.latent(host.run(graph)))
 
 
 def test_the_page_is_told_the_verdict_of_a_queued_graph_and_what_was_measured(host):
@@ -153,9 +134,10 @@ def test_the_page_is_told_the_verdict_of_a_queued_graph_and_what_was_measured(ho
 
 def test_the_reserve_reaches_the_hosts_load_and_is_taken_back(tmp_path):
     base = tmp_path / "base"
-    models = base / "models" / "diffusion_models"
+    models = base / "models"
     host_server.run_script(_checkout(), base, Path(__file__).parent / "make_models.py", str(models))
-    printed = host_server.run_script(_checkout(), base, Path(__file__).parent / "check_reserve.py", str(models / FILE))
+    file = str(models / "diffusion_models" / FILE)
+    printed = host_server.run_script(_checkout(), base, Path(__file__).parent / "check_reserve.py", file)
 
     assert "reserve raised, restored, restored after an error; plan is the bare module's" in printed
 
@@ -198,21 +180,6 @@ def test_the_page_draws_the_plan_in_both_canvases(host, tmp_path):
         assert (folder / f"comfyui-{one['canvas']}.png").stat().st_size > 10_000
 
 
-def test_example_workflows_are_made_of_nodes_and_fields_that_the_host_has(host):
-    info = host.get("/object_info")
-    examples = sorted((host_server.CHECKOUT / "comfyui_nodes" / "example_workflows").glob("*.json"))
-
-    assert len(examples) == 4
-    for example in examples:
-        nodes = json.loads(example.read_text())["nodes"]
-        assert {node["type"] for node in nodes} <= set(info), example.name
-        for node in (node for node in nodes if node["type"] in _NODES):
-            fields = [name for group in ("required", "optional") for name in info[node["type"]]["input"].get(group, {})]
-            links = {link["name"] for link in node["inputs"]}
-            assert links <= set(fields)
-            assert len(node["widgets_values"]) == len(set(fields) - links), node["type"]
-
-
 def test_calibrating_gives_later_plans_measured_rates(host):
     ended = host.run({"1": {"class_type": "OverflowMLCalibrate", "inputs": {"quick": True}}})
 
@@ -224,12 +191,12 @@ def test_calibrating_gives_later_plans_measured_rates(host):
 def test_an_optimized_model_may_be_optimized_again(host):
     import torch
 
-    plain = _latent(host, host.run(sampled(seed=7)))
+    plain = host.latent(host.run(sampled(seed=7)))
     graph = sampled({"budget": "12MB"}, seed=7, name="again")
     graph["9"] = {"class_type": "OverflowMLOptimize", "inputs": {**graph["2"]["inputs"], "model": ["2", 0], "budget": "13MB"}}
     graph["5"]["inputs"]["model"] = ["9", 0]
     ended = host.run(graph)
 
-    assert torch.equal(plain, _latent(host, ended))
+    assert torch.equal(plain, host.latent(ended))
     parts = [ended["outputs"][node]["overflowml"][0]["parts"][0] for node in ("2", "9")]
     assert parts[0]["network_fingerprint"] == parts[1]["network_fingerprint"]
