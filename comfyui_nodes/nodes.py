@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 from comfy.patcher_extension import WrappersMP
@@ -12,6 +13,7 @@ from overflowml_comfyui.decision import Decision, Part, decide_file, decide_modu
 from overflowml_comfyui.lowering import flag_advice
 from overflowml_comfyui.measurement import Measurement
 from overflowml_comfyui.preflight import Preflight, decide_graph
+from overflowml_comfyui.profile import samples_of
 from overflowml_comfyui.report import picture_of, text_of
 from overflowml_comfyui.request import request_of
 from overflowml_comfyui.sampling import SamplerWatch
@@ -61,23 +63,29 @@ class Optimize(io.ComfyNode):
         """Plan; the host's cache keeps the result, and what hangs on the MODEL acts each time it is sampled."""
         patcher, module = running_host.module_of(model, "MODEL")
         if latent is not None:
-            fields = {**fields, **running_host.sizes_of(patcher, latent)}
+            shape = tuple(latent["samples"].shape)
+            fields = {**fields, **running_host.sizes_of(running_host.latent_format_of(patcher), shape)}
         request, machine = request_of(fields), running_host.machine()
-        part = decide_module("model", module, request, machine)
+        recall = running_host.measurements().of
+        part = decide_module("model", module, request, machine, recall)
         others = [("text encoder", clip, "CLIP"), ("vae", vae, "VAE")]
         parts = [
-            decide_module(name, running_host.module_of(one, what)[1], request, machine) for name, one, what in others if one is not None
+            decide_module(name, running_host.module_of(one, what)[1], request, machine, recall)
+            for name, one, what in others
+            if one is not None
         ]
         decision = Decision((part, *parts))
         changed = model.clone()
-        for place in (WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE):
+        for place in (WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL):
             changed.remove_wrappers_with_key(place, running_host.WRAPPER_KEY)  # of an Optimize node before this one
         if part.plan is not None:
             reserve = running_host.with_reserve(part.plan, request.budget_bytes is not None)
             changed.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, running_host.WRAPPER_KEY, reserve)
-        watch = SamplerWatch(patcher.load_device, _teller(part, cls.hidden.unique_id))
+        ran = Ran(part, running_host.latent_format_of(patcher), samples_of(module, request.workload.batch), cls.hidden.unique_id)
+        watch = SamplerWatch(patcher.load_device, ran.tell, running_host.loaded_weights)
         changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, watch.around_sampler)
         changed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, running_host.WRAPPER_KEY, watch.around_step)
+        changed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, running_host.WRAPPER_KEY, watch.around_pass)
         picture, text = described(decision, running_host.engine_sentence(patcher))
         return io.NodeOutput(changed, clip, vae, decision, text, ui=shown(picture, text))
 
@@ -109,7 +117,7 @@ class PlanPreview(io.ComfyNode):
         path = running_host.file_of(folder, name)
         if path is None:
             raise NotAModel(file, "it is in none of the host's folders any more; choose another one")
-        decision = Decision((decide_file(path, request_of(fields), running_host.machine()),))
+        decision = Decision((decide_file(path, request_of(fields), running_host.machine(), running_host.measurements().of),))
         picture, text = described(decision, _AHEAD)
         return io.NodeOutput(decision, text, ui=shown(picture, text))
 
@@ -152,7 +160,7 @@ class MemoryGuard(io.ComfyNode):
         return schema(
             node_id="OverflowMLMemoryGuard",
             display_name="OverflowML Memory Guard",
-            description="Has the host unload models until so much of the device is free, then hands its input on.",
+            description="Unloads models until so much of the device is free, gives back what nobody uses, and hands its input on.",
             search_aliases=["overflowml", "free memory", "unload", "clean vram"],
             inputs=[
                 io.AnyType.Input("value", tooltip="Anything; handed on as it is."),
@@ -165,9 +173,12 @@ class MemoryGuard(io.ComfyNode):
     def execute(cls, value: Any, free: str = "2GB") -> io.NodeOutput:
         """Free, and hand on."""
         wanted = parse_bytes(free.strip(), "free")
-        now = running_host.free_memory(wanted)
+        now, cleaning = running_host.free_memory(wanted)
         short = "" if now >= wanted else f", {format_bytes(wanted - now)} less than asked for: nothing more can be unloaded"
-        return io.NodeOutput(value, f"{format_bytes(now)} of the device are free{short}")
+        given = [f"{format_bytes(nbytes)} of {name}" for name, nbytes in cleaning.freed_bytes.items() if nbytes]
+        back = f"; given back {', '.join(given)}" if given else ""
+        text = f"{format_bytes(now)} of the device are free{short}{back}"
+        return io.NodeOutput(value, text, ui={"text": [text]})
 
 
 class Calibrate(io.ComfyNode):
@@ -217,30 +228,41 @@ def watch_prompts() -> None:
 
 
 def _decide_prompt(prompt: object) -> Decision:
-    return decide_graph(prompt, running_host.file_of, running_host.machine(), loader.foresee)
+    return decide_graph(prompt, running_host.file_of, running_host.machine(), running_host.measurements().of, loader.foresee)
 
 
 def _tell_verdict(decision: Decision, client: str | None) -> None:
-    running_host.send("verdict", picture_of(decision, _measured(decision.parts)), client)
-
-
-def _measured(parts: tuple[Part, ...]) -> dict[str, Measurement]:
-    kept = running_host.measurements()
-    return {part.key: found for part in parts if (found := kept.of(part.key)) is not None}
+    running_host.send("verdict", picture_of(decision), client)
 
 
 def described(decision: Decision, engine: str) -> tuple[dict[str, object], str]:
     """A decision as the page draws it, and as text with a sentence about how the host carries it out."""
-    measured = _measured(decision.parts)
     slowest = decision.parts[0].slowest
-    advice = flag_advice(None if slowest is None else slowest.bound_by, running_host.start_flags())
-    return picture_of(decision, measured), text_of(decision, engine, advice, measured)
+    advice = flag_advice(None if slowest is None else slowest.bound_by, running_host.start_flags(), running_host.has_accelerator())
+    return picture_of(decision), text_of(decision, engine, advice)
 
 
-def _teller(part: Part, node: str) -> Any:
-    def tell(measured: Measurement) -> None:
-        running_host.measurements().keep(part.key, measured)
-        picture = picture_of(Decision((part,)), {part.key: measured})
-        running_host.send("measured", {"node": node, **picture})
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What is done with each run of an optimized MODEL. Holds no model: it outlives none.
 
-    return tell
+    Attributes:
+        part: what was planned.
+        latent_format: of the model.
+        samples: images or videos in a planned pass.
+        node: that shows it.
+    """
+
+    part: Part
+    latent_format: Any
+    samples: int
+    node: str
+
+    def tell(self, measured: Measurement, shape: tuple[int, ...]) -> None:
+        """Keep a run under the sizes that it had, and show it in the node."""
+        key = self.part.at(running_host.sizes_of(self.latent_format, shape))
+        component = self.part.component if key == self.part.key else replace(self.part.component, profiles=())
+        running_host.learn(component, key, measured, self.samples)
+        if key == self.part.key:
+            picture = picture_of(Decision((replace(self.part, measured=measured),)))
+            running_host.send("measured", {"node": self.node, **picture})

@@ -168,7 +168,7 @@ class Component:
         phase: components of the same phase run interleaved and share the budget at the same time.
         passes: how often the component runs per unit of work (denoising steps, tokens).
         activation_bytes: peak of activations and caches while it runs, over all of its passes.
-        activation_source: "traced" (the real code ran on fake tensors), "analytic" or "none".
+        activation_source: "measured" (in a host that ran it), "traced" (the real code ran on fake tensors), "analytic" or "none".
         fingerprint: over names, shapes and dtypes of all tensors.
         profiles: its passes at the workload, in the order in which they first happen; empty where nobody profiled it.
         variants: ways of running it that take less memory, the least costly first.
@@ -197,6 +197,14 @@ class Component:
     def weight_bytes(self) -> int:
         """Bytes of its tensors, without alignment."""
         return sum(nbytes for _, nbytes in self.bytes_by_dtype)
+
+    @property
+    def content(self) -> str:
+        """Fingerprint of what the blocks hold, in bytes by dtype and in order: the same in every host that loads these weights, and for
+        their file, whatever each of them calls the blocks and their tensors."""
+        return digest(
+            [[list(pair) for pair in block.bytes_by_dtype] for block in self.blocks] or [list(pair) for pair in self.bytes_by_dtype]
+        )
 
     @property
     def weight_count(self) -> int:

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from overflowml_core.facts import Limits, Tier, Workload
+from overflowml_core.facts import Component, Limits, Tier, Workload
 from overflowml_core.facts import digest as fingerprint_of
 from overflowml_core.formats import AS_STORED
 from overflowml_core.machine import Rates
@@ -305,6 +305,18 @@ class Plan:
     def phase_of(self, component: str) -> PhasePlan | None:
         """The phase in which a component runs, None where the plan does not know the component."""
         return next((phase for phase in self.phases if component in phase.components), None)
+
+    def component_fingerprint(self, component: Component) -> str:
+        """Fingerprint of what the plan decides for one component, without what a host calls anything: the same in every host that loads the
+        same weights and comes to the same decision about them, on the same kind of device, for the same request.
+
+        Args:
+            component: of the network that was planned.
+        """
+        limits, workload = (_plain(one) for one in (self.limits, self.workload))
+        del limits["trial"]
+        places = [[p.tier.value, p.home.value, p.format] for p in self.placements() if p.component == component.name]
+        return fingerprint_of([component.content, self.device.partition(":")[0], workload, limits, self.quality, places])
 
     def check(self) -> Plan:
         """Hold the plan against its own limits and return it.

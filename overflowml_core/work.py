@@ -20,7 +20,8 @@ class Work:
         traffic_bytes: bytes that they read and write, weights included.
         weight_bytes: of these, bytes of weights; another format of the weights replaces them.
         calls: how many operations there are.
-        signature: name of the operation with its shapes and dtypes, shortened; key of ``Rates.op_seconds``. Empty where nothing was traced.
+        signature: name of the operation with its shapes and dtypes, shortened; key of ``Rates.op_seconds``. Where nothing
+            was traced it is a digest of the numbers above, or empty where nobody can measure the operation.
     """
 
     kind: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from overflowml_core.analytic_images import (
     CLIP_TOKENS,
@@ -22,10 +22,10 @@ from overflowml_core.analytic_images import (
     diffusion_profiles,
     unet_profiles,
 )
-from overflowml_core.facts import Component, TensorFact, Workload
+from overflowml_core.facts import Component, TensorFact, Workload, digest
 from overflowml_core.inspect.ggml_types import PLAIN_TYPES
 from overflowml_core.inspect.tensor_groups import ComponentName, TensorGroup, element_count, find_groups, make_block, make_component
-from overflowml_core.work import PassProfile
+from overflowml_core.work import PassProfile, Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +120,23 @@ def image_component(name: ComponentName, tensors: Sequence[TensorFact], workload
 def _profiles(family: Family, groups: Sequence[TensorGroup], outside: TensorGroup, workload: Workload) -> tuple[PassProfile, ...]:
     note = f"by the shapes of its tensors, taken for {family.class_name}: no code of it was run"
     if family.kind == "transformer":
-        return diffusion_profiles(transformer_shape(family, groups, outside), workload, note)
-    if family.kind == "unet":
-        return unet_profiles(unet_shape(groups, outside), workload, note)
-    return (decoder_profile(decoder_shape(groups, outside), workload, note),)
+        found = diffusion_profiles(transformer_shape(family, groups, outside), workload, note)
+    elif family.kind == "unet":
+        found = unet_profiles(unet_shape(groups, outside), workload, note)
+    else:
+        found = (decoder_profile(decoder_shape(groups, outside), workload, note),)
+    return tuple(_named(profile) for profile in found)
+
+
+def _named(profile: PassProfile) -> PassProfile:
+    """The pass with names for its operations, by their numbers: a host that runs the model may learn what they take."""
+    blocks = tuple(replace(block, works=tuple(map(_named_work, block.works))) for block in profile.blocks)
+    return replace(profile, blocks=blocks, outside=tuple(map(_named_work, profile.outside)))
+
+
+def _named_work(work: Work) -> Work:
+    numbers = [work.kind, work.dtype, work.flop, work.traffic_bytes, work.weight_bytes, work.calls]
+    return replace(work, signature=f"analytic {digest(numbers)}")
 
 
 def transformer_shape(family: Family, groups: Sequence[TensorGroup], outside: TensorGroup) -> DiffusionShape:

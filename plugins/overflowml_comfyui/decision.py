@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from overflowml_comfyui.learning import with_measured_peak
+from overflowml_comfyui.measurement import Measurement
 from overflowml_comfyui.request import Request
 from overflowml_core import session
 from overflowml_core.errors import DoesNotFit
-from overflowml_core.facts import Machine, Network, Workload
+from overflowml_core.facts import Component, Machine, Network, Workload
 from overflowml_core.plan import PassEstimate, Plan
 from overflowml_core.units import ceil_size, format_bytes
 
@@ -24,15 +27,17 @@ class Part:
         name: "model", "text encoder", "vae", or the file's name.
         plan: None where no plan respects the limits.
         refusal: why, and what would help; empty where there is a plan.
-        network_fingerprint: of the weights, whatever is planned for them.
+        network: as it was planned.
         workload: what was asked.
+        measured: an earlier run of the same weights at the same sizes; None where there was none.
     """
 
     name: str
     plan: Plan | None
     refusal: str
-    network_fingerprint: str
+    network: Network
     workload: Workload
+    measured: Measurement | None = None
 
     @property
     def verdict(self) -> str:
@@ -48,10 +53,39 @@ class Part:
         return max(passes, key=lambda one: (one.pass_s or 0.0) * one.count, default=None)
 
     @property
+    def component(self) -> Component:
+        """What a sampler calls: of a checkpoint's components the one that runs most often."""
+        return max(self.network.components, key=lambda one: (one.passes, one.weight_bytes))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the decision, the same as a script's and another host's for these weights; empty where there is none."""
+        return "" if self.plan is None else self.plan.component_fingerprint(self.component)
+
+    @property
     def key(self) -> str:
         """Names what is run and how large it is: measurements of one are measurements of the other."""
-        sizes = (self.workload.width, self.workload.height, self.workload.frames, self.workload.batch)
-        return "-".join([self.network_fingerprint, *(str(size or 0) for size in sizes)])
+        sizes = self.workload
+        return key_of(self.component, {name: getattr(sizes, name) for name in _SIZES})
+
+    def at(self, sizes: Mapping[str, int]) -> str:
+        """The key of the same weights at the sizes at which they ran; what these leave open is as it was asked."""
+        return key_of(self.component, {name: sizes.get(name, getattr(self.workload, name)) for name in _SIZES})
+
+
+_SIZES = ("width", "height", "frames", "batch")
+
+
+def key_of(component: Component, sizes: Mapping[str, int | None]) -> str:
+    """The key under which runs of a component are kept.
+
+    Args:
+        component: whatever its host calls it.
+        sizes: width, height, frames and batch; None and 0 are open. A video of one frame is an image.
+    """
+    frames = sizes.get("frames") or 0
+    told = [sizes.get(name) or 0 for name in ("width", "height")] + [0 if frames == 1 else frames, sizes.get("batch") or 1]
+    return "-".join([component.content, *map(str, told)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +111,15 @@ class Decision:
         return next((part.refusal for part in self.parts if part.refusal), "")
 
 
-def decide_module(name: str, module: object, request: Request, machine: Machine) -> Part:
+Recall = Callable[[str], Measurement | None]
+"""What an earlier run took, by its key."""
+
+
+def _nothing(_: str) -> Measurement | None:
+    return None
+
+
+def decide_module(name: str, module: object, request: Request, machine: Machine, recall: Recall = _nothing) -> Part:
     """Plan for a live module, as ``overflowml.plan(module)`` does.
 
     Args:
@@ -85,26 +127,28 @@ def decide_module(name: str, module: object, request: Request, machine: Machine)
         module: a torch module, loaded or not.
         request: what is asked.
         machine: where it runs.
+        recall: earlier runs; what one was measured to hold beside weights is planned with.
 
     Raises:
         OverflowmlError: the module cannot be described.
     """
-    return _decide(name, session.describe(module, request.workload), request, machine)
+    return _decide(name, session.describe(module, request.workload), request, machine, recall)
 
 
-def decide_file(path: Path, request: Request, machine: Machine) -> Part:
+def decide_file(path: Path, request: Request, machine: Machine, recall: Recall = _nothing) -> Part:
     """Plan for a file by its header alone.
 
     Args:
         path: a .safetensors or .gguf file.
         request: what is asked.
         machine: where it would run.
+        recall: earlier runs, as for :func:`decide_module`.
 
     Raises:
         OverflowmlError: it is no model, or damaged.
     """
     state = path.stat()
-    return _decide(path.name, _described(path, state.st_size, state.st_mtime_ns, request.workload), request, machine)
+    return _decide(path.name, _described(path, state.st_size, state.st_mtime_ns, request.workload), request, machine, recall)
 
 
 @lru_cache(maxsize=32)
@@ -113,12 +157,14 @@ def _described(path: Path, nbytes: int, changed_ns: int, workload: Workload) -> 
     return session.describe(path, workload)
 
 
-def _decide(name: str, network: Network, request: Request, machine: Machine) -> Part:
+def _decide(name: str, network: Network, request: Request, machine: Machine, recall: Recall) -> Part:
+    part = Part(name, None, "", network, request.workload)
+    measured = recall(part.key)
+    known = replace(part, network=with_measured_peak(network, part.component, measured), measured=measured)
     try:
-        plan = session.make_plan(network, request.limits, request.workload, machine)
+        return replace(known, plan=session.make_plan(known.network, request.limits, request.workload, machine))
     except DoesNotFit as refusal:
-        return Part(name, None, _in_fields(name, network, str(refusal)), network.fingerprint, request.workload)
-    return Part(name, plan, "", network.fingerprint, request.workload)
+        return replace(known, refusal=_in_fields(name, network, str(refusal)))
 
 
 def _in_fields(name: str, network: Network, refusal: str) -> str:

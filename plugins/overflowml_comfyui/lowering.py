@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from overflowml_comfyui.measurement import Measurement
 from overflowml_core.plan import PassEstimate, Plan
 from overflowml_core.units import format_bytes, format_seconds
 
@@ -64,29 +65,85 @@ def limit_sentence(one: PassEstimate | None, streamed_bytes: int = 0) -> str:
     return f"A step is limited by {_BOUND[one.bound_by]}: {', '.join(numbers)}."
 
 
-_LINK_FLAGS = (
-    ("disable_pinned_memory", "--disable-pinned-memory makes copies slower; start without it"),
-    ("disable_async_offload", "--disable-async-offload makes computing wait for each copy; start without it"),
-    ("lowvram", "--lowvram keeps fewer weights on the device; start without it"),
-    ("novram", "--novram keeps no weights on the device; start without it"),
-)
+_SURPRISING = 1.5
+"""A step that takes so many times as long as predicted is explained."""
 
 
-def flag_advice(bound_by: str | None, flags: Mapping[str, object]) -> tuple[str, ...]:
+def slow_sentences(one: PassEstimate | None, measured: Measurement | None) -> tuple[str, ...]:
+    """Why a step took much longer than predicted, with the numbers of the run; nothing where it did not, or where either is not known.
+
+    Args:
+        one: the pass, predicted.
+        measured: an earlier run at the same sizes.
+    """
+    pass_s = None if measured is None else measured.pass_s
+    if measured is None or pass_s is None or one is None or not one.pass_s:
+        return ()
+    found = []
+    if measured.passes > measured.steps:
+        found.append(
+            f"A step called the model {measured.passes / measured.steps:.3g} times (guidance, or a sampler that looks twice): "
+            f"each call took {format_seconds(pass_s)}."
+        )
+    if pass_s < _SURPRISING * one.pass_s:
+        return tuple(found)
+    if measured.streamed_bytes:
+        rate = format_bytes(round(measured.streamed_bytes / pass_s))
+        why = f"{format_bytes(measured.streamed_bytes)} of weights were brought in for each call, {rate} a second"
+    else:
+        why = "all weights were on the device, so it computed longer: a LoRA or a patch, another program on the device, or its clock"
+    found.append(f"A call took {pass_s / one.pass_s:.3g} times as long as predicted: {why}.")
+    return tuple(found)
+
+
+_SLOWING_FLAGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "link": (
+        ("disable_pinned_memory", "makes copies slower"),
+        ("disable_async_offload", "makes computing wait for each copy"),
+        ("lowvram", "keeps fewer weights on the device"),
+        ("novram", "keeps no weights on the device"),
+        ("disable_smart_memory", "brings models in anew for every run"),
+        ("fp32_unet", "doubles what is copied"),
+        ("force_fp32", "doubles what is copied"),
+    ),
+    "compute": (
+        ("cpu", "leaves the accelerator unused"),
+        ("force_fp32", "computes in twice the width"),
+        ("fp32_unet", "computes in twice the width"),
+        ("fp64_unet", "computes in four times the width"),
+        ("use_split_cross_attention", "computes attention in pieces"),
+        ("use_quad_cross_attention", "computes attention in pieces"),
+        ("deterministic", "takes slower kernels"),
+    ),
+    "memory": (
+        ("force_fp32", "doubles what is read"),
+        ("fp32_unet", "doubles what is read"),
+    ),
+    "disk": (("disable_mmap", "reads files whole before they are used"),),
+}
+"""By what limits a step: the host's arguments that make just that slower (ComfyUI 0.33, comfy/cli_args.py)."""
+
+
+def flag_advice(bound_by: str | None, flags: Mapping[str, object], has_accelerator: bool = True) -> tuple[str, ...]:
     """Which of the host's start flags would help, by what limits a step.
 
     Args:
         bound_by: "compute", "memory", "link", "disk" or None.
         flags: the host's arguments by name, those that it has.
+        has_accelerator: the machine has one, whether the host uses it or not.
     """
+    found = [
+        f"--{name.replace('_', '-')} {words}; start without it"
+        for name, words in _SLOWING_FLAGS.get(bound_by or "", ())
+        if flags.get(name) and (name != "cpu" or has_accelerator)
+    ]
     if bound_by == "link":
-        found = [words for name, words in _LINK_FLAGS if flags.get(name)]
-        if not found and _number(flags.get("reserve_vram")):
-            found = [f"--reserve-vram {flags['reserve_vram']} keeps that many GB free of weights; a smaller one helps"]
-        return tuple(found)
+        for name in ("reserve_vram", "vram_headroom"):
+            if not found and _number(flags.get(name)):
+                found = [f"--{name.replace('_', '-')} {flags[name]} keeps that many GB free of weights; a smaller one helps"]
     if bound_by == "disk" and not flags.get("fast_disk", True):
-        return ("weights do not fit into RAM; where they lie on an NVMe disk, start with --fast-disk",)
-    return ()
+        found.append("weights do not fit into RAM; where they lie on an NVMe disk, start with --fast-disk")
+    return tuple(found)
 
 
 def _number(value: object) -> bool:

@@ -23,13 +23,32 @@ class Measurement:
 
     Attributes:
         step_s: seconds of one step, all of the sampler's time shared out.
-        steps: calls of the model's passes that were counted.
+        steps: steps that were counted.
         peak_bytes: most bytes taken of the device; None where the device does not count them.
+        passes: calls of the model; more than the steps where a step takes several, as guidance may; 0 where they were not all of one size.
+        samples: images or videos in each of them: twice the batch where guidance puts both into one.
+        resident_bytes, streamed_bytes: of the weights, on the device while it sampled, and brought in for each pass.
+        link_bytes_per_s: how fast they came, where computing waited for them; 0 where it did not, or nobody knows.
     """
 
     step_s: float
     steps: int
     peak_bytes: int | None = None
+    passes: int = 0
+    samples: int = 0
+    resident_bytes: int = 0
+    streamed_bytes: int = 0
+    link_bytes_per_s: float = 0.0
+
+    @property
+    def pass_s(self) -> float | None:
+        """Seconds of one call of the model; None where its calls were not counted, or not all alike."""
+        return self.step_s * self.steps / self.passes if self.passes else None
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """What the device held beside weights at most; None where the device does not count."""
+        return None if self.peak_bytes is None or self.peak_bytes < self.resident_bytes else self.peak_bytes - self.resident_bytes
 
 
 class Measurements:
@@ -41,6 +60,10 @@ class Measurements:
     def of(self, key: str) -> Measurement | None:
         """The newest measurement, None where there is none."""
         return self._read().get(key)
+
+    def links(self) -> list[float]:
+        """How fast weights came in runs that waited for them, the newest last."""
+        return [one.link_bytes_per_s for one in self._read().values() if one.link_bytes_per_s]
 
     def keep(self, key: str, measured: Measurement) -> None:
         """Keep a measurement; forget the oldest beyond ``MOST_KEPT``. A folder that cannot be written is a warning."""
@@ -68,8 +91,17 @@ class Measurements:
 
 def _measurement(fields: Mapping[str, object]) -> Measurement:
     step_s, steps, peak_bytes = fields["step_s"], fields["steps"], fields["peak_bytes"]
+    counts = {name: fields.get(name, 0) for name in ("passes", "samples", "resident_bytes", "streamed_bytes")}
     if not isinstance(step_s, (int, float)) or not 0 <= step_s < float("inf") or not isinstance(steps, int):
         raise ValueError(f"step_s={step_s!r}, steps={steps!r}")
     if peak_bytes is not None and not isinstance(peak_bytes, int):
         raise ValueError(f"peak_bytes={peak_bytes!r}")
-    return Measurement(float(step_s), steps, peak_bytes)
+    known: dict[str, int] = {}
+    for name, count in counts.items():
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"{name}={count!r}")
+        known[name] = count
+    rate = fields.get("link_bytes_per_s", 0.0)
+    if not isinstance(rate, (int, float)) or not 0 <= rate < float("inf"):
+        raise ValueError(f"link_bytes_per_s={rate!r}")
+    return Measurement(float(step_s), steps, peak_bytes, **known, link_bytes_per_s=float(rate))

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from overflowml_comfyui.decision import Decision, Part, decide_file
+from overflowml_comfyui.decision import Decision, Part, Recall, decide_file
 from overflowml_comfyui.graph import loads_of
 from overflowml_comfyui.request import request_of
 from overflowml_core.errors import OverflowmlError
@@ -21,6 +21,7 @@ def decide_graph(
     prompt: object,
     find_file: Callable[[str, str], Path | None],
     machine: Machine,
+    recall: Recall = lambda _: None,
     foresee: Callable[[str, Mapping[str, object]], Part] | None = None,
 ) -> Decision:
     """Plan for every file that a graph loads, by headers alone.
@@ -31,6 +32,7 @@ def decide_graph(
         prompt: as the host queues it.
         find_file: where a file of a folder kind lies.
         machine: where it would run.
+        recall: what earlier runs took.
         foresee: plans for a file that will be quantized, by its label and the node's fields; None leaves such files out.
     """
     parts: dict[tuple[str, str], Part] = {}
@@ -40,7 +42,7 @@ def decide_graph(
             continue
         try:
             if "format" not in load.fields:
-                parts.setdefault((load.folder, load.file), decide_file(path, request_of(load.fields), machine))
+                parts.setdefault((load.folder, load.file), decide_file(path, request_of(load.fields), machine, recall))
             elif foresee is not None:
                 parts[load.folder, load.file] = foresee(f"{load.folder}/{load.file}", load.fields)
         except (OverflowmlError, OSError) as error:

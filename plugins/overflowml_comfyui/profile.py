@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from overflowml_core.facts import Component, Network, TensorFact, Workload
-from overflowml_core.inspect.image_shapes import image_component
+from overflowml_core.inspect.image_shapes import family_of, image_component
 from overflowml_core.inspect.tensor_groups import ComponentName
 from overflowml_core.runtime.component import weight_facts
 from overflowml_core.runtime.structure import DTYPE_NAMES
@@ -40,6 +40,17 @@ def _whole_weights(module: Any) -> list[TensorFact]:
         nbytes = part.nbytes + (whole[name].nbytes if name in whole else 0)
         whole[name] = TensorFact(name, tuple(weight.shape), DTYPE_NAMES.get(weight.dtype, part.dtype), nbytes)
     return list(whole.values())
+
+
+def samples_of(module: Any, batch: int) -> int:
+    """Images or videos in a planned pass: twice the batch where the family is guided by a second prompt.
+
+    Args:
+        module: a live one of the host.
+        batch: that was asked.
+    """
+    family = family_of(weight_facts(module))
+    return batch * (2 if family is not None and family.guided else 1)
 
 
 def _joined(component: Component, guess: Component) -> Component:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from overflowml_comfyui.learning import link_bytes_per_s, taught_rates, with_host_links
 from overflowml_comfyui.lowering import DeviceState, reserve_bytes
-from overflowml_comfyui.measurement import Measurements
+from overflowml_comfyui.measurement import Measurement, Measurements
 from overflowml_core import environment, session
 from overflowml_core.errors import NotAModel
-from overflowml_core.facts import Machine
+from overflowml_core.facts import Component, Machine
+from overflowml_core.guard import Cleaning, MemoryGuard
+from overflowml_core.inspect.calibration import correct_calibration
 from overflowml_core.plan import Plan
 
 WRAPPER_KEY = "overflowml"
@@ -46,7 +49,31 @@ def machine() -> Machine:
     if not own:
         return found
     free_bytes = min(_free_bytes(device), own[0].total_bytes)
-    return replace(found, accelerators=(replace(own[0], free_bytes=free_bytes),))
+    return with_host_links(replace(found, accelerators=(replace(own[0], free_bytes=free_bytes),)), measurements().links())
+
+
+def learn(component: Component, key: str, measured: Measurement, samples: int) -> None:
+    """Keep what a run took: for the report, and in the machine's calibration, where it has one.
+
+    Args:
+        component: what ran, with the passes that were planned; without passes where it ran at other sizes.
+        key: under which the run is kept.
+        measured: the run.
+        samples: images or videos in a pass as it was planned.
+    """
+    import comfy.model_management as management
+
+    found = session.detect()
+    is_other = management.get_torch_device().type != found.compute.kind  # --cpu on a machine with a card: the kept rates are the card's
+    rate = 0.0 if is_other else link_bytes_per_s(found.rates, component, measured)
+    measurements().keep(key, replace(measured, link_bytes_per_s=rate))
+    if not is_other:
+        correct_calibration(found, lambda rates: taught_rates(rates, component, measured, samples), environment.cache_folder())
+
+
+def has_accelerator() -> bool:
+    """Whether the machine has a device that the host may use, whether it does or not."""
+    return bool(session.detect().accelerators)
 
 
 def _free_bytes(device: Any) -> int:
@@ -99,15 +126,20 @@ def module_of(model: object, what: str) -> tuple[Any, Any]:
     return patcher, module
 
 
-def sizes_of(patcher: Any, latent: Mapping[str, Any]) -> dict[str, int]:
+def latent_format_of(patcher: Any) -> Any:
+    """How a model's latents become pixels; None where the model does not say."""
+    return getattr(patcher.model, "latent_format", None)
+
+
+def sizes_of(latent_format: Any, shape: Sequence[int]) -> dict[str, int]:
     """Pixels, frames and batch of a latent, by the model's own latent format; batch alone where it has none.
 
     Args:
-        patcher: of the model that will sample it.
-        latent: the host's value: a tensor "samples" of batch, channels, (frames,) height and width.
+        latent_format: of the model that samples it.
+        shape: batch, channels, (frames,) height and width.
     """
-    shape = [int(size) for size in latent["samples"].shape]
-    latent_format = getattr(patcher.model, "latent_format", None)
+    if not shape:
+        return {}
     pixels = getattr(latent_format, "spacial_downscale_ratio", None)
     if len(shape) not in (4, 5) or not isinstance(pixels, int):
         return {"batch": shape[0]}
@@ -134,6 +166,19 @@ def model_files() -> list[str]:
     return [name for name in names if name.endswith((".safetensors", ".gguf"))]
 
 
+def loaded_weights(guider: Any) -> tuple[int, int]:
+    """Bytes of a sampler's model on the device, and of those that the host brings in for each call; zeros where it does not say.
+
+    Args:
+        guider: the host's, whose model is loaded.
+    """
+    patcher = getattr(guider, "model_patcher", None)
+    if patcher is None:
+        return 0, 0
+    total_bytes, resident_bytes = int(patcher.model_size()), int(patcher.loaded_size())
+    return resident_bytes, max(total_bytes - resident_bytes, 0)
+
+
 def start_flags() -> Mapping[str, object]:
     """The host's start arguments by name, those that this version has."""
     from comfy.cli_args import args
@@ -142,21 +187,25 @@ def start_flags() -> Mapping[str, object]:
     return flags
 
 
-def free_memory(nbytes: int) -> int:
-    """Have the host unload models until so many bytes of its device are free, and give its cache back.
+def free_memory(nbytes: int) -> tuple[int, Cleaning]:
+    """Have the host unload models until so many bytes of its device are free; then give back what nobody uses.
+
+    The models are the host's to unload. What is left of them, and of everything else in this process, is cleaned by overflowml's own
+    guard: garbage, torch's caches on every device, and freed pages of RAM, which the host keeps.
 
     Args:
         nbytes: that shall be free.
 
     Returns:
-        What is free now, in bytes.
+        What is free now, in bytes, and what the cleaning gave back.
     """
     import comfy.model_management as management
 
     device = management.get_torch_device()
     management.free_memory(nbytes, device)
-    management.soft_empty_cache()
-    return int(management.get_free_memory(device))
+    management.soft_empty_cache()  # of devices that the host alone knows, too
+    cleaning = MemoryGuard().clean()
+    return int(management.get_free_memory(device)), cleaning
 
 
 def send(event: str, values: Mapping[str, object], client: str | None = None) -> None:

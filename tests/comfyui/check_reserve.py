@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-path = Path(sys.argv[1])
+sys.path.insert(1, str(Path(__file__).parent))
+path, sd3 = (Path(argument) for argument in sys.argv[1:3])
 sys.argv = [sys.argv[0], "--cpu"]
 
 import comfy.options  # noqa: E402 -- the host reads the command line when it is imported
@@ -16,11 +17,22 @@ import comfy.model_management as management  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.sd  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
+from sd3_files import BUDGETS, asked  # noqa: E402
+from sd3_files import machine as card  # noqa: E402
 
 import overflowml  # noqa: E402
 from overflowml_comfyui import running_host  # noqa: E402
 from overflowml_comfyui.decision import decide_module  # noqa: E402
-from overflowml_comfyui.request import request_of  # noqa: E402
+from overflowml_comfyui.request import Request, request_of  # noqa: E402
+
+
+def fingerprints() -> None:
+    """Say what the plans of a model that the host loaded are called."""
+    module = running_host.module_of(comfy.sd.load_diffusion_model(str(sd3)), "MODEL")[1]
+    for budget in BUDGETS:
+        limits, workload = asked(budget)
+        part = decide_module("model", module, Request(workload, limits.device_bytes, limits.reserve_bytes), card())
+        print(f"fingerprint {budget} {part.fingerprint}")  # noqa: T201 -- read by the test
 
 
 def main() -> None:
@@ -66,3 +78,4 @@ def main() -> None:
 
 
 main()
+fingerprints()

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import host_server  # noqa: E402 -- from the folder that was put on the path above
+import host_server
 
 _WITHOUT = "no host: set COMFYUI_PATH to a checkout of ComfyUI (docs/comfyui.md)"
 

@@ -77,7 +77,7 @@ def test_a_live_model_of_the_host_has_the_plan_that_scripts_get():
     script = overflowml.plan(module, request.limits, request.workload, machine)
 
     assert part.plan.fingerprint == script.fingerprint
-    assert part.network_fingerprint == script.network_fingerprint
+    assert part.network.fingerprint == script.network_fingerprint
 
 
 def test_a_live_model_and_its_file_take_the_same_bytes(tmp_path):
@@ -130,7 +130,7 @@ def test_the_report_has_the_numbers_of_the_plan(flux_file):
     part = decide_file(flux_file, request_of({**_FIELDS, "budget": "12GB"}), _machine())
     text, picture = text_of(Decision((part,)), "ENGINE"), picture_of(Decision((part,)))
 
-    assert part.plan.fingerprint in text
+    assert part.fingerprint in text
     assert "ENGINE" in text
     values = picture["parts"][0]
     assert values["fixed_bytes"] + values["resident_bytes"] + values["streamed_bytes"] == pytest.approx(part.plan.weight_bytes, rel=0.001)

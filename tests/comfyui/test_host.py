@@ -9,12 +9,18 @@ import importlib.util
 import json
 import os
 import shutil
+import statistics
 import subprocess
+import time
 from pathlib import Path
 
 import host_server
 import pytest
 from graphs import FILE, previewed, sampled
+from sd3_files import BUDGETS, asked, machine, write_sd3
+
+from overflowml_comfyui.decision import decide_file
+from overflowml_comfyui.request import Request
 
 pytestmark = pytest.mark.comfyui
 
@@ -47,20 +53,37 @@ def test_latents_are_the_same_bit_for_bit_and_the_step_is_measured(host):
     assert shown["parts"][0]["key"] in kept
 
 
-def test_a_cached_graph_runs_within_50_ms_more_and_measures_again(host):
-    import time
+def _median_s(host, graphs):
+    """Seconds of each kind of graph, run in turns so that what else the machine does hits all alike. The host keeps the results of the last
+    graph alone, so each is run once before it is timed."""
+    took = {name: [] for name in graphs}
+    for turn in range(15):
+        for name, (warm, timed) in graphs.items():
+            host.run(warm(turn))
+            began_s = time.perf_counter()
+            host.run(timed(turn), pause_s=0.002)
+            took[name].append(time.perf_counter() - began_s)
+    return {name: statistics.median(each) for name, each in took.items()}
 
-    graph = sampled({"budget": "12MB"}, name="cached", size=64)
-    host.run(graph)
-    began_s = time.monotonic()
-    host.run(graph)
-    took_s = time.monotonic() - began_s
+
+def test_our_nodes_add_less_than_50_ms_to_a_cached_graph_and_to_a_sampled_one(host):
+    def graph(optimize, first):
+        return lambda turn: sampled(optimize, seed=first + turn, name="cached", size=64)
+
+    ours = {"budget": "12MB"}
+    cached = _median_s(host, {"plain": (graph(None, 100), graph(None, 100)), "ours": (graph(ours, 100), graph(ours, 100))})
     kept = host.base / "cache" / "comfyui" / "measurements.json"
     before_ns = kept.stat().st_mtime_ns
-    host.run(sampled({"budget": "12MB"}, seed=2, name="cached", size=64))  # the node is cached, the sampler is not
+    host.run(graph(ours, 100)(14))
+    assert kept.stat().st_mtime_ns == before_ns  # all of it was cached
+    again = _median_s(host, {"plain": (graph(None, 200), graph(None, 300)), "ours": (graph(ours, 200), graph(ours, 300))})
+    assert kept.stat().st_mtime_ns > before_ns  # the node was cached, the sampler was not
+    figures = {"cached": cached, "sampled": again}
+    told = {name: {kind: f"{1000 * taken:.1f} ms" for kind, taken in each.items()} for name, each in figures.items()}
 
-    assert took_s < 0.05 + 0.1  # two requests over HTTP, and the pause between two looks at the history
-    assert kept.stat().st_mtime_ns > before_ns
+    print(told)  # noqa: T201 -- docs/comfyui.md has these figures
+    assert cached["ours"] - cached["plain"] < 0.05, told
+    assert again["ours"] - again["plain"] < 0.05, told
 
 
 def test_a_second_run_shows_what_the_first_one_measured(host):
@@ -137,9 +160,14 @@ def test_the_reserve_reaches_the_hosts_load_and_is_taken_back(tmp_path):
     models = base / "models"
     host_server.run_script(_checkout(), base, Path(__file__).parent / "make_models.py", str(models))
     file = str(models / "diffusion_models" / FILE)
-    printed = host_server.run_script(_checkout(), base, Path(__file__).parent / "check_reserve.py", file)
+    printed = host_server.run_script(_checkout(), base, Path(__file__).parent / "check_reserve.py", file, str(write_sd3(tmp_path)))
 
     assert "reserve raised, restored, restored after an error; plan is the bare module's" in printed
+    for budget in BUDGETS:  # of the same file by its header, which test_fingerprint.py holds against diffusers
+        limits, workload = asked(budget)
+        request = Request(workload, limits.device_bytes, limits.reserve_bytes)
+        fingerprint = decide_file(tmp_path / "tiny_sd3.safetensors", request, machine()).fingerprint
+        assert f"fingerprint {budget} {fingerprint}" in printed
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="compares an environment with torch")
@@ -188,6 +216,30 @@ def test_calibrating_gives_later_plans_measured_rates(host):
     assert list((host.base / "cache" / "calibration").glob("*.json"))
 
 
+def test_a_calibrated_machine_learns_what_steps_take(host):
+    host.run({"1": {"class_type": "OverflowMLCalibrate", "inputs": {"quick": True}}})
+    graph = sampled({"budget": "40MB"}, seed=31, name="learned", size=160)
+    graph["5"]["inputs"]["steps"] = 8
+    first = host.run(graph)["outputs"]["2"]["overflowml"][0]["parts"][0]
+    calibration = next((host.base / "cache" / "calibration").glob("*.json")).read_text()
+    graph["2"]["inputs"]["budget"] = "41MB"
+    graph["5"]["inputs"]["seed"] = 32
+    second = host.run(graph)["outputs"]["2"]["overflowml"][0]["parts"][0]
+
+    assert first["predicted_step_s"] > 0
+    assert "analytic " in calibration
+    assert second["predicted_step_s"] == pytest.approx(second["measured_step_s"], rel=0.05)
+
+
+def test_a_run_at_another_size_than_planned_is_not_shown_as_that_of_the_plan(host):
+    graph = sampled({"budget": "42MB", "width": 512, "height": 512}, seed=33, name="other", size=96)
+    host.run(graph)
+    graph["2"]["inputs"]["budget"] = "43MB"
+    shown = host.run(graph)["outputs"]["2"]["overflowml"][0]["parts"][0]
+
+    assert shown["measured_step_s"] is None
+
+
 def test_an_optimized_model_may_be_optimized_again(host):
     import torch
 
@@ -199,4 +251,4 @@ def test_an_optimized_model_may_be_optimized_again(host):
 
     assert torch.equal(plain, host.latent(ended))
     parts = [ended["outputs"][node]["overflowml"][0]["parts"][0] for node in ("2", "9")]
-    assert parts[0]["network_fingerprint"] == parts[1]["network_fingerprint"]
+    assert parts[0]["weights_fingerprint"] == parts[1]["weights_fingerprint"]

@@ -49,7 +49,7 @@ def _device():
 
 def test_steps_are_counted_and_the_result_is_the_samplers_own():
     told = []
-    watch = SamplerWatch(_device(), told.append)
+    watch = SamplerWatch(_device(), lambda *heard: told.append(heard[0]))
 
     def sampler(*arguments, **named):
         for _ in range(4):
@@ -65,7 +65,7 @@ def test_steps_are_counted_and_the_result_is_the_samplers_own():
 
 def test_a_cancelled_run_teaches_nothing():
     told = []
-    watch = SamplerWatch(_device(), told.append)
+    watch = SamplerWatch(_device(), lambda *heard: told.append(heard[0]))
 
     def sampler():
         watch.around_step(lambda: None)
@@ -77,7 +77,7 @@ def test_a_cancelled_run_teaches_nothing():
 
 
 def test_a_report_that_fails_does_not_cost_the_picture(caplog):
-    def tell(_):
+    def tell(*_):
         raise OSError("no page")
 
     watch = SamplerWatch(_device(), tell)

@@ -85,7 +85,10 @@ def test_two_models_in_one_graph_are_planned_each_for_itself(host, unchanged):
     def both(name, with_ours):
         graph = _graph(name, OURS) if with_ours else _graph(name)
         graph["31"] = {"class_type": "UNETLoader", "inputs": {"unet_name": "other_flux.safetensors", "weight_dtype": "default"}}
-        graph["32"] = {"class_type": "OverflowMLOptimize", "inputs": {**_graph("", OURS)["20"]["inputs"], "model": ["31", 0], "budget": "11MB"}}
+        graph["32"] = {
+            "class_type": "OverflowMLOptimize",
+            "inputs": {**_graph("", OURS)["20"]["inputs"], "model": ["31", 0], "budget": "11MB"},
+        }
         graph["35"] = {"class_type": "KSampler", "inputs": {**graph["5"]["inputs"], "model": ["32" if with_ours else "31", 0]}}
         graph["35"]["inputs"]["latent_image"] = ["5", 0]
         graph["36"] = {"class_type": "SaveLatent", "inputs": {"samples": ["35", 0], "filename_prefix": f"{name}-second"}}

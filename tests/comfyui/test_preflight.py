@@ -9,10 +9,11 @@ from flux_files import flux_shapes, write_header
 
 from overflowml_comfyui.decision import Decision, Part
 from overflowml_comfyui.preflight import Preflight, decide_graph
-from overflowml_core.facts import Accelerator, HostMemory, Machine, Rates, Workload
+from overflowml_core.facts import Accelerator, Component, HostMemory, Machine, Network, Rates, Workload
 
 GIB = 2**30
-_PART = Part("model", None, "no", "f", Workload())
+_NETWORK = Network((Component("model", "Flux", (), 0, 0, (), "model"),), "a file", "Flux", "f")
+_PART = Part("model", None, "no", _NETWORK, Workload())
 
 
 def _machine():
@@ -97,6 +98,6 @@ def test_a_file_that_will_be_quantized_is_planned_by_whoever_knows_the_formats(t
         asked.append((label, fields["format"], fields["width"]))
         return _PART
 
-    assert decide_graph(prompt, lambda *_: path, _machine(), foresee).parts == (_PART,)
+    assert decide_graph(prompt, lambda *_: path, _machine(), foresee=foresee).parts == (_PART,)
     assert asked == [("checkpoints/flux.safetensors", "int8", 1024)]
     assert decide_graph(prompt, lambda *_: path, _machine()).parts == ()

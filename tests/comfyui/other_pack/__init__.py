@@ -29,7 +29,7 @@ class SeededConditioning:
 
 
 class PatchedModel:
-    """A MODEL on which each of the host's ways to change one is used: a wrapper, a callback, a function around the model, an object patch."""
+    """A MODEL changed in each of the host's ways: wrappers, a callback, a function around the model, an object patch."""
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "patch"
