@@ -81,6 +81,8 @@ class Optimize(io.ComfyNode):
         if part.plan is not None:
             reserve = running_host.with_reserve(part.plan, request.budget_bytes is not None)
             changed.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, running_host.WRAPPER_KEY, reserve)
+            headroom = running_host.with_headroom(part.plan, request.budget_bytes is not None)
+            changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, headroom)
         ran = Ran(part, running_host.latent_format_of(patcher), samples_of(module, request.workload.batch), cls.hidden.unique_id)
         watch = SamplerWatch(patcher.load_device, ran.tell, running_host.loaded_weights)
         changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, watch.around_sampler)

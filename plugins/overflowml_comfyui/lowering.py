@@ -40,6 +40,18 @@ def reserve_bytes(plan: Plan, state: DeviceState, is_capped: bool) -> int:
     return state.reserved_bytes + beyond_budget + max(activations - state.estimate_bytes, 0)
 
 
+def headroom_bytes(plan: Plan, total_bytes: int, before_bytes: int, is_capped: bool) -> int:
+    """What the dynamic engine must keep free of the device while this plan's model samples. It counts everything that is on the device.
+
+    Args:
+        plan: of the model.
+        total_bytes: memory of the device.
+        before_bytes: what it keeps free for everybody.
+        is_capped: the budget was asked for.
+    """
+    return max(before_bytes, total_bytes - plan.budget.device_bytes) if is_capped else before_bytes
+
+
 _BOUND = {
     "compute": "arithmetic of the device",
     "memory": "the device's own memory",

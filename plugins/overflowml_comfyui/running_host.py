@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from overflowml_comfyui.learning import link_bytes_per_s, taught_rates, with_host_links
-from overflowml_comfyui.lowering import DeviceState, reserve_bytes
+from overflowml_comfyui.lowering import DeviceState, headroom_bytes, reserve_bytes
 from overflowml_comfyui.measurement import Measurement, Measurements
 from overflowml_core import environment, session
 from overflowml_core.errors import NotAModel
@@ -17,6 +18,8 @@ from overflowml_core.facts import Component, Machine
 from overflowml_core.guard import Cleaning, MemoryGuard
 from overflowml_core.inspect.calibration import correct_calibration
 from overflowml_core.plan import Plan
+
+_log = logging.getLogger("overflowml")
 
 WRAPPER_KEY = "overflowml"
 """Under this key our wrappers hang on a MODEL; adding them again replaces nothing of others."""
@@ -94,8 +97,21 @@ def is_dynamic(patcher: Any) -> bool:
     return bool(ask()) if callable(ask) else False
 
 
+def _headroom_control() -> Any:
+    """What sets and tells the free memory that the dynamic engine keeps (comfy-aimdo 0.6); None where it cannot be set while it runs."""
+    try:
+        from comfy_aimdo import control
+    except ImportError:
+        return None
+    return control if hasattr(control, "set_simple_vram_headroom") and hasattr(control, "get_simple_vram_headroom") else None
+
+
 def engine_sentence(patcher: Any) -> str:
     """How the host carries a plan for this model out."""
+    if is_dynamic(patcher) and _headroom_control() is not None:
+        return (
+            "This host streams the model with its dynamic engine; while this model samples, all of the device but the budget is kept free."
+        )
     if is_dynamic(patcher):
         return (
             "This host streams the model with its dynamic engine, which takes a limit for all models at its start alone: "
@@ -256,3 +272,32 @@ def with_reserve(plan: Plan, is_capped: bool) -> Callable[..., Any]:
             return executor(model, noise_shape, conds, *rest, **named)
 
     return prepare
+
+
+def with_headroom(plan: Plan, is_capped: bool) -> Callable[..., Any]:
+    """A wrapper around the host's sampler: has the dynamic engine keep all but the plan's budget free meanwhile, where it can be told so.
+
+    Args:
+        plan: of the model.
+        is_capped: the budget was asked for.
+    """
+
+    def sample(executor: Any, guider: Any, *rest: Any, **named: Any) -> Any:
+        control, patcher = _headroom_control(), getattr(guider, "model_patcher", None)
+        if control is None or patcher is None or not is_capped or not is_dynamic(patcher):
+            return executor(guider, *rest, **named)
+        import comfy.model_management as management
+
+        try:
+            before = int(control.get_simple_vram_headroom())
+            total_bytes = int(management.get_total_memory(patcher.load_device))
+            control.set_simple_vram_headroom(headroom_bytes(plan, total_bytes, before, is_capped))
+        except (RuntimeError, ValueError) as error:  # its library is not loaded
+            _log.warning("the budget is not enforced: the dynamic engine takes no headroom (%s)", error)
+            return executor(guider, *rest, **named)
+        try:
+            return executor(guider, *rest, **named)
+        finally:
+            control.set_simple_vram_headroom(before)
+
+    return sample
