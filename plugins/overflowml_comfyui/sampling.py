@@ -35,7 +35,7 @@ class SamplerWatch:
         self._steps = self._passes = 0
         self._shapes = set()
         counts_peak = _reset_peak(self._device)
-        resident_bytes, streamed_bytes = self._weights(arguments[0]) if self._weights is not None and arguments else (0, 0)
+        resident_bytes, streamed_bytes = self._weight_bytes(arguments)
         began_s = time.perf_counter()
         result = executor(*arguments, **named)
         _wait(self._device)
@@ -56,11 +56,20 @@ class SamplerWatch:
         self._steps += 1
         return executor(*arguments, **named)
 
-    def around_pass(self, executor: Any, x: Any, *arguments: Any, **named: Any) -> Any:
+    def around_pass(self, executor: Any, *arguments: Any, **named: Any) -> Any:
         """One call of the model: several of them may make a step, or one may carry the batch twice, as guidance has it."""
         self._passes += 1
-        self._shapes.add(_shape_of(x))
-        return executor(x, *arguments, **named)
+        self._shapes.add(_shape_of(arguments[0]) if arguments else ())
+        return executor(*arguments, **named)
+
+    def _weight_bytes(self, arguments: tuple[Any, ...]) -> tuple[int, int]:
+        if self._weights is None or not arguments:
+            return 0, 0
+        try:
+            return self._weights(arguments[0])
+        except Exception as error:  # noqa: BLE001 -- another pack's patcher may not count; that must not cost the picture
+            _log.warning("the model's weights on the device are not counted (%s: %s)", type(error).__name__, error)
+            return 0, 0
 
 
 def _shape_of(tensor: Any) -> tuple[int, ...]:

@@ -83,3 +83,43 @@ def test_a_report_that_fails_does_not_cost_the_picture(caplog):
     watch = SamplerWatch(_device(), tell)
     assert watch.around_sampler(lambda: watch.around_step(lambda: "picture")) == "picture"
     assert "no page" in caplog.text
+
+
+def _latents(*shape):
+    import torch
+
+    return torch.empty(shape, device="meta")
+
+
+def test_calls_of_the_model_and_what_they_carry_are_counted():
+    told = []
+    watch = SamplerWatch(_device(), lambda *heard: told.append(heard), lambda guider: (7, 3))
+
+    def sampler(batches):
+        def sample(guider, sigmas, extra, callback, noise):
+            for batch in batches:
+                watch.around_step(watch.around_pass, lambda x, t: None, _latents(batch, 16, 8, 8), 0.5)
+
+        return sample
+
+    for batches in ((2, 2), (1, 2)):
+        watch.around_sampler(sampler(batches), "guider", None, {}, None, _latents(1, 16, 8, 8))
+    (alike, shape), (mixed, _) = told
+
+    assert (alike.steps, alike.passes, alike.samples, shape) == (2, 2, 2, (1, 16, 8, 8))
+    assert (alike.resident_bytes, alike.streamed_bytes) == (7, 3)
+    assert alike.pass_s == alike.step_s
+    assert (mixed.passes, mixed.pass_s) == (0, None)  # passes of two sizes have no common time
+
+
+def test_a_patcher_that_does_not_count_its_weights_is_sampled(caplog):
+    told = []
+
+    def count(_):
+        raise AttributeError("model_size")
+
+    watch = SamplerWatch(_device(), lambda *heard: told.append(heard[0]), count)
+
+    assert watch.around_sampler(lambda guider: watch.around_step(lambda: "picture"), "guider") == "picture"
+    assert told[0].resident_bytes == 0
+    assert "model_size" in caplog.text
