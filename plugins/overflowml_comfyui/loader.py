@@ -106,7 +106,7 @@ def foresee(label: str, fields: Mapping[str, object]) -> Part:
     try:
         return decide(source.path.name, network, request, asked, running_host.machine())
     except DoesNotFit as refusal:
-        return Part(source.path.name, None, str(refusal), network.fingerprint, request.workload)
+        return Part(source.path.name, None, str(refusal), network, request.workload)
 
 
 def _asked(format_name: str | None, quality: str, absence: Callable[[HostFormat], str] = running_loader.missing) -> Asked:

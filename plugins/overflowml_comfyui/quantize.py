@@ -87,7 +87,7 @@ def decide(name: str, network: Network, request: Request, asked: Asked, machine:
         component = network.components[0].name
         said = str(refusal).removeprefix(f"{component}: ").replace("overflow='", "budget='")
         raise DoesNotFit(f"{name}: {said}", refusal.near_misses) from None
-    return Part(name, plan, "", network.fingerprint, request.workload)
+    return Part(name, plan, "", network, request.workload)
 
 
 def clipped(part: Part, budget_bytes: int | None) -> list[str]:
@@ -134,7 +134,7 @@ def work_out(source: Source, part: Part, formats: Mapping[str, HostFormat], made
     """
     assert part.plan is not None
     chosen = sorted((name, one.name) for name, one in formats.items())
-    conversion = digest([SCHEMA, source.label, part.network_fingerprint, chosen, made_by])
+    conversion = digest([SCHEMA, source.label, part.network.fingerprint, chosen, made_by])
     layout = lay_out(source, formats, Record(conversion, source.stamp, part.plan.fingerprint, made_by, now_s()))
     facts = [TensorFact(name, entry.shape, entry.dtype, entry.nbytes) for name, entry in source.tensors.items()]
     blocks = {tensor.name: group.name for group in find_groups(facts)[0] for tensor in group.tensors}
