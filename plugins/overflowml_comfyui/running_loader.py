@@ -50,9 +50,9 @@ def source_of(label: str) -> Source:
 
 def prefix_of(source: Source) -> str:
     """What the names of the diffusion model's tensors begin with in a file, by the host's own rule."""
-    from comfy import model_detection
+    import comfy.model_detection as detection
 
-    prefix: str = model_detection.unet_prefix_from_state_dict(dict.fromkeys(source.tensors))
+    prefix: str = detection.unet_prefix_from_state_dict(dict.fromkeys(source.tensors))
     return prefix
 
 
@@ -66,12 +66,12 @@ def linear_layers(source: Source) -> dict[str, tuple[int, int]]:
         NotAModel: the host does not know the architecture.
         Unsupported: the host has no formats, or renames the file's weights when it loads them.
     """
+    import comfy.model_detection as detection
     import torch
-    from comfy import model_detection
 
     weights = light(source)  # some kinds are told apart by values, all of them small
     try:
-        config = model_detection.model_config_from_unet(dict(weights), "", metadata=dict(source.header.metadata))
+        config = detection.model_config_from_unet(dict(weights), "", metadata=dict(source.header.metadata))
     except Exception as error:  # noqa: BLE001 -- detection indexes what it expects of a kind, and raises what that gives
         raise NotAModel(source.path.name, f"ComfyUI cannot tell its architecture ({type(error).__name__}: {error})") from None
     if config is None:
@@ -146,11 +146,11 @@ def encoder(one: HostFormat) -> Encoder:
 
 def _layout(one: HostFormat) -> Any:
     try:
-        from comfy import quant_ops
+        import comfy.quant_ops as quantization
     except ImportError:  # hosts before 2026
         return None
-    known = getattr(quant_ops, "QUANT_ALGOS", {}).get(one.algorithm)
-    find = getattr(quant_ops, "get_layout_class", None)
+    known = getattr(quantization, "QUANT_ALGOS", {}).get(one.algorithm)
+    find = getattr(quantization, "get_layout_class", None)
     return find(known["comfy_tensor_layout"]) if known is not None and callable(find) else None
 
 
