@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,9 @@ _CONFIG_ONLY = " (config only)"
 
 _WHERE_FROM = "_name_or_path"
 """Key of both hosts' configurations that says where they were read, and nothing of the model."""
+
+_TRACED = "traced"
+"""What an activation's source is where the model's own code told it."""
 
 _log = logging.getLogger("overflowml")
 
@@ -102,8 +105,20 @@ def _describe_live(source: object, workload: Workload, options: dict[str, object
     measured = _measured(source, network, workload, options)
     if measured is None:
         return network
-    cache.put(key, measured)
+    # Hooks that keep a trace from a managed or offloaded model are not in the key: estimates are for now alone, not for its like.
+    if all(component.activation_source == _TRACED for component in measured.components) or not _is_wrapped((source, *parts.values())):
+        cache.put(key, measured)
     return measured
+
+
+def _is_wrapped(parts: Iterable[object]) -> bool:
+    """Whether hooks or wrappers sit on a module anywhere in the parts."""
+    for part in parts:
+        for module in part.modules() if hasattr(part, "modules") else ():
+            own = vars(module)
+            if "forward" in own or own.get("_forward_pre_hooks") or own.get("_forward_hooks"):
+                return True
+    return False
 
 
 def _with_profile(component: Component, known: Component) -> Component:

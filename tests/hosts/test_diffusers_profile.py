@@ -10,19 +10,21 @@ from typing import Any
 import diffusers as df
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch.utils.flop_counter import FlopCounterMode
 
 import overflowml
 import overflowml_diffusers
 from overflowml_core.errors import NotAModel, OverflowmlError
 from overflowml_core.facts import Component, Network, Workload
+from overflowml_core.inspect.profile_cache import ProfileCache
 from overflowml_core.runtime.fake import tracing
 from overflowml_diffusers.replay import fake_of
 from overflowml_diffusers.tokenizers import StubTokenizer
 from overflowml_diffusers.twin import twin_module
 from overflowml_diffusers.vae import TracedVae
 from tests.hosts import pipelines
-from tests.hosts.check import assert_one_line, copy_folder
+from tests.hosts.check import assert_one_line, copy_folder, smallest
 
 Saved = Callable[..., Path]
 STEPS = 3
@@ -345,6 +347,27 @@ def test_two_experts_of_wan_share_the_steps_as_their_boundary_says() -> None:
     counts = {name: part(network, name).profiles[0].count for name in ("transformer", "transformer_2")}
     assert sum(counts.values()) == 100
     assert 0 < counts["transformer"] < counts["transformer_2"]
+
+
+# ---- what is kept
+
+
+@pytest.mark.parametrize("hooks_of", ["overflowml", "accelerate"])
+def test_what_is_said_of_a_model_with_hooks_is_not_said_of_its_like(
+    hooks_of: str, saved_pipeline: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved_pipeline("stable_diffusion") / "vae"
+    monkeypatch.setattr("overflowml_core.description._profiles", lambda: ProfileCache(tmp_path))
+    hooked, plain = (df.AutoencoderKL.from_pretrained(folder) for _ in range(2))
+    if hooks_of == "overflowml":
+        overflowml.manage(hooked, smallest(folder))
+    else:
+        add_hook_to_module(hooked, ModelHook())
+    assert overflowml.describe(hooked, SMALL).components[0].activation_source == "analytic"
+    assert overflowml.describe(plain, SMALL).components[0].activation_source == "traced"
+    # And what was traced once is known of the hooked one, too.
+    assert overflowml.describe(hooked, SMALL).components == overflowml.describe(plain, SMALL).components
+    overflowml.release(hooked)
 
 
 # ---- stubs
