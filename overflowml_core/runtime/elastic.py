@@ -13,6 +13,7 @@ from overflowml_core.plan import PhasePlan
 from overflowml_core.runtime.device import Device
 from overflowml_core.runtime.elastic_state import CallState
 from overflowml_core.runtime.events import Events
+from overflowml_core.runtime.lighter import Lighten, Lighter
 from overflowml_core.runtime.phase import Phase
 from overflowml_core.runtime.room import with_room
 from overflowml_core.runtime.turns import Turns, is_call
@@ -29,6 +30,7 @@ class Elastic:
     Note [shortage]. Two places meet it. Where a phase comes onto the device no code of the model ran: it is tried again with less until it
     fits. Inside a call of a component the call is made again where everything is as it was before (note [again] in elastic_state.py);
     else the error goes to the caller, and the next call has the room. Each time twice as much is given free, so that few attempts do.
+    Where no block can leave any more, a host may have a way for calls to take less, as a VAE's tiles (see lighter.py).
     """
 
     def __init__(
@@ -58,6 +60,8 @@ class Elastic:
         """A mark for each call that is inside."""
         self._full: dict[int, tuple[PhasePlan, PhasePlan]] = {}
         """By id of a phase that was demoted: its plan before, and the one since."""
+        self._lighters: dict[int, Lighter] = {}
+        """By id of a component what its host can do."""
         self._good_passes = 0
         self._patience_passes = _PATIENCE_PASSES
         self._is_probation = False
@@ -159,6 +163,28 @@ class Elastic:
         free_bytes = int(module.mem_get_info(where)[0])
         return free_bytes + int(module.memory_reserved(where)) - int(module.memory_allocated(where))
 
+    def on_shortage(self, module: nn.Module, host: Lighten) -> None:
+        """Have a host make a component's calls lighter where nothing else helps.
+
+        Args:
+            module: the component.
+            host: what it can do; whoever calls this takes it back in the end.
+        """
+        self._lighters[id(module)] = Lighter(host, _PATIENCE_PASSES, _MOST_PATIENCE_PASSES)
+
+    def _lighten(self, module: nn.Module, work: functools.partial[Any]) -> bool:
+        lighter = self._lighters.get(id(module))
+        told = "" if lighter is None else lighter.step((*work.args, *work.keywords.values()))
+        if told:
+            self.events.add("lightened", f"{type(module).__name__}: {told}")
+        return bool(told)
+
+    def _take_back_steps(self, module: nn.Module) -> None:
+        lighter = self._lighters.get(id(module))
+        if lighter is not None and lighter.is_due:
+            lighter.take_back()
+            self.events.add("unlightened", f"{type(module).__name__}: memory was enough for a while; it runs as it did before")
+
     def follow(self, phase: Phase, module: nn.Module) -> Callable[[], None]:
         """Have the calls of a component survive a shortage, as far as that can be right.
 
@@ -208,6 +234,7 @@ class Elastic:
                 with self._turns.switch:
                     if id(phase) in self._full:
                         self._promote(phase)
+            self._take_back_steps(module)
             if not phase.is_present:
                 self._bring(phase)
             return self._run(phase, module, work)
@@ -216,7 +243,7 @@ class Elastic:
 
     def _run(self, phase: Phase, module: nn.Module, work: functools.partial[Any]) -> Any:
         freed_bytes = 0
-        while self._with_less_is_possible(phase):
+        while self._with_less_is_possible(phase) or id(module) in self._lighters:
             state = CallState(module, (*work.args, *work.keywords.values()), phase.moved_buffers())
             try:
                 result = work()
@@ -231,10 +258,12 @@ class Elastic:
                     raise
             else:
                 self._is_probation = False
+                if id(module) in self._lighters:
+                    self._lighters[id(module)].succeeded()
                 return result
             # Outside the handler: the frames of what failed hold its activations.
             freed_bytes = self.demote(phase, freed_bytes, reason)
-            if not freed_bytes:
+            if not freed_bytes and not self._lighten(module, work):
                 raise torch.OutOfMemoryError(f"{reason}; no block of {type(module).__name__} can leave the device any more")
             self._bring(phase)
             self.events.add("retried", f"{type(module).__name__}: called again after {reason}")

@@ -87,7 +87,7 @@ class Engine:
         edits = Edits(self._reader, self._maps, self._packed_store)
         self._changes = Changes(edits, plan.budget.device_bytes, self._deactivate, self._shrink, self._turns)
         self._elastic = Elastic(device, plan.budget.device_bytes, self._shrink, self._activate, self._turns)
-        self.events = self._elastic.events
+        self.events, self.on_shortage = self._elastic.events, self._elastic.on_shortage
         self._detached = False
         self._is_forked = False
         tell_of_fork(self._forked)

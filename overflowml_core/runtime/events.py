@@ -21,7 +21,8 @@ class Event:
     Attributes:
         at_s: seconds since 1970.
         kind: "demoted" (resident blocks are streamed from now on), "promoted" (they are resident again), "retried" (a call was made again
-            after it ran out of memory), "not retried" (it could not be).
+            after it ran out of memory), "not retried" (it could not be), "lightened" (a component takes less memory in its calls from now
+            on; the reason says whether results stay the same), "unlightened" (it runs as before).
         reason: in a sentence.
         nbytes: of device memory that were given free or taken; 0 for calls.
     """

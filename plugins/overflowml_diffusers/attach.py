@@ -54,6 +54,7 @@ def after_attach(target: Any, attachment: Any) -> None:
     from diffusers import DiffusionPipeline
 
     _turn_variants_on(target, attachment)
+    _offer_lighter_calls(target, attachment)
     if not isinstance(target, DiffusionPipeline):
         attachment.on_detach(guard(target, MODEL_MOVES, "model"))
         attachment.on_detach(guard_state(target, "model", attachment.holds))
@@ -68,13 +69,31 @@ def after_attach(target: Any, attachment: Any) -> None:
     attachment.on_detach(guard(target, PIPELINE_MOVES, "pipeline"))
 
 
-def _turn_variants_on(target: Any, attachment: Any) -> None:
+def _modules_of(target: Any) -> dict[str, Any]:
     from diffusers import DiffusionPipeline
 
     from overflowml_diffusers.describe import ordered_modules
+
+    return dict(ordered_modules(target)) if isinstance(target, DiffusionPipeline) else {"model": target}
+
+
+def _offer_lighter_calls(target: Any, attachment: Any) -> None:
+    """Where a VAE runs out of memory with nothing left to stream: slices, and tiles if the plan may change pictures."""
+    from overflowml_diffusers.lighter import VaeLighter
+    from overflowml_diffusers.variants import switches_of
+
+    may_tile = attachment.plan.limits.quality in ("minimal", "any")
+    for module in _modules_of(target).values():
+        if switches_of(module):
+            lighter = VaeLighter(module, may_tile)
+            attachment.on_shortage(module, lighter)
+            attachment.on_detach(lighter.undo)
+
+
+def _turn_variants_on(target: Any, attachment: Any) -> None:
     from overflowml_diffusers.variants import switches_of, turn_on
 
-    modules = ordered_modules(target) if isinstance(target, DiffusionPipeline) else {"model": target}
+    modules = _modules_of(target)
     for phase in attachment.plan.phases:
         for name in phase.components:
             if phase.variant and name in modules and switches_of(modules[name]) >= set(phase.variant.split("+")):
