@@ -221,7 +221,7 @@ def get_amp_supported_dtype() -> list[torch.dtype]:
     return [torch.float16, torch.bfloat16]
 
 
-# ---- memory; nothing is cached, so what is reserved is what is allocated
+# ---- memory; nothing is cached unless the device is shared, so what is reserved is what is allocated
 
 
 def memory_allocated(device: _Where = None) -> int:
@@ -233,7 +233,7 @@ def max_memory_allocated(device: _Where = None) -> int:
 
 
 def memory_reserved(device: _Where = None) -> int:
-    return DEVICE.allocated_bytes
+    return DEVICE.reserved_bytes
 
 
 def max_memory_reserved(device: _Where = None) -> int:
@@ -246,11 +246,12 @@ def reset_peak_memory_stats(device: _Where = None) -> None:
 
 def mem_get_info(device: _Where = None) -> tuple[int, int]:
     """Free and total bytes."""
-    return DEVICE.config.budget_bytes - DEVICE.allocated_bytes, DEVICE.config.budget_bytes
+    return DEVICE.free_bytes(), DEVICE.total_bytes()
 
 
 def empty_cache() -> None:
-    """Nothing is cached."""
+    """Give others what is kept of a shared device; else nothing is cached."""
+    DEVICE.empty_cache()
 
 
 def ipc_collect() -> None:
