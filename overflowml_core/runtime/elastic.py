@@ -172,12 +172,23 @@ class Elastic:
         """
         self._lighters[id(module)] = Lighter(host, _PATIENCE_PASSES, _MOST_PATIENCE_PASSES)
 
-    def _lighten(self, module: nn.Module, work: functools.partial[Any]) -> bool:
+    def _have_less(self, phase: Phase, module: nn.Module, work: functools.partial[Any], former_bytes: int, reason: str) -> int | None:
+        """Have the next call of a component find more room, or take less. What changes no result comes first.
+
+        Returns:
+            Bytes that are free now; None where there is nothing left to do.
+        """
+        freed_bytes = self.demote(phase, former_bytes, reason)
+        if freed_bytes:
+            return freed_bytes
         lighter = self._lighters.get(id(module))
-        told = "" if lighter is None else lighter.step((*work.args, *work.keywords.values()))
-        if told:
-            self.events.add("lightened", f"{type(module).__name__}: {told}")
-        return bool(told)
+        if lighter is None or self._with_less(phase, 0) is not None:  # a block could leave, and another thread computes with it
+            return None
+        told = lighter.step((*work.args, *work.keywords.values()))
+        if not told:
+            return None
+        self.events.add("lightened", f"{type(module).__name__}: {told}")
+        return 0
 
     def _take_back_steps(self, module: nn.Module) -> None:
         lighter = self._lighters.get(id(module))
@@ -254,7 +265,7 @@ class Elastic:
                 if obstacle:
                     self.events.add("not retried", f"{type(module).__name__}: {reason}; {obstacle}")
                     if is_alone:
-                        self.demote(phase, freed_bytes, reason)
+                        self._have_less(phase, module, work, freed_bytes, reason)
                     raise
             else:
                 self._is_probation = False
@@ -262,9 +273,10 @@ class Elastic:
                     self._lighters[id(module)].succeeded()
                 return result
             # Outside the handler: the frames of what failed hold its activations.
-            freed_bytes = self.demote(phase, freed_bytes, reason)
-            if not freed_bytes and not self._lighten(module, work):
+            given_bytes = self._have_less(phase, module, work, freed_bytes, reason)
+            if given_bytes is None:
                 raise torch.OutOfMemoryError(f"{reason}; no block of {type(module).__name__} can leave the device any more")
+            freed_bytes = given_bytes
             self._bring(phase)
             self.events.add("retried", f"{type(module).__name__}: called again after {reason}")
         return work()
