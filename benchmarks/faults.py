@@ -1,4 +1,5 @@
 """Fails every allocation, copy, pinning, read, start of a thread and event of a managed model's life, one by one, and counts.
+The kind "interrupt" raises KeyboardInterrupt wherever a signal could be answered in the calling thread.
 
     python benchmarks/faults.py --json benchmarks/results/faults.json
     python benchmarks/faults.py --hosts --stride 7
@@ -32,7 +33,7 @@ import torch  # noqa: E402 -- behind the path and MKL's switch
 from tests.runtime.build import virtual  # noqa: E402
 from tests.runtime.conftest import Virtual  # noqa: E402
 from tests.runtime.fault_lives import BareSubject  # noqa: E402
-from tests.runtime.fault_points import KINDS, Subject, Tally, sweep  # noqa: E402
+from tests.runtime.fault_points import INTERRUPT, KINDS, Subject, Tally, sweep  # noqa: E402
 from tests.vdevice import Config, install  # noqa: E402
 
 _HOST_ROOM_BYTES = 40_000
@@ -44,7 +45,7 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--stride", type=int, default=1, help="fail one point in so many")
     asked.add_argument("--hosts", action="store_true", help="models of transformers and diffusers instead of a bare module; takes hours")
-    asked.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    asked.add_argument("--kinds", nargs="+", choices=(*KINDS, INTERRUPT), default=(*KINDS, INTERRUPT))
     asked.add_argument("--json", type=Path)
     given = asked.parse_args()
     logging.getLogger("overflowml").setLevel(logging.ERROR)
@@ -60,7 +61,7 @@ def main() -> None:
                 for stage in subject.stages:
                     tally = tallies[f"{name}, {kind}, {stage}"] = sweep(vgpu, subject, kind, stage, given.stride)
                     counts = f"{tally.points:5} points {tally.right:5} right {tally.clear:5} clear"
-                    print(f"{name:20} {kind:7} {stage:11} {counts}", *tally.wrong, flush=True)
+                    print(f"{name:20} {kind:9} {stage:11} {counts}", *tally.wrong, flush=True)
     if sim.hazards:
         tallies["hazards"] = Tally(wrong=[str(one) for one in sim.hazards])
     sys.exit(_tell(tallies, given.stride, given.json))

@@ -20,6 +20,9 @@ from tests.runtime.interrupts import Interrupter
 from tests.vdevice import Faults
 
 KINDS = ("alloc", "copy", "pin", "read", "thread", "event")
+"""Of calls that fail."""
+INTERRUPT = "interrupt"
+"""The kind of a KeyboardInterrupt, which may fall anywhere in the calling thread."""
 MOST_POINTS = 100_000
 INJECTED = "injected fault"
 """What every error that is injected says, and every error that it leads to has to pass on."""
@@ -132,7 +135,7 @@ class Sweep:
         for k in range(1, MOST_POINTS, stride):
             before = self._level()
             self._name = f"{self._kind} {k} in {self._stage}"
-            if not self._attempt(Interrupter(k) if self._kind == "interrupt" else Injector(self._vgpu, self._kind, k)):
+            if not self._attempt(Interrupter(k) if self._kind == INTERRUPT else Injector(self._vgpu, self._kind, k)):
                 return self.tally
             self._settle(before)
         self._note(f"there are more than {MOST_POINTS} points")

@@ -5,6 +5,7 @@ Python looks for signals there and at the ends of loops, not between any two lin
 
 from __future__ import annotations
 
+import enum
 import inspect
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ _SPARED = ("/tests/vdevice/", "/weakref.py", "/torch/autograd/grad_mode.py")
 torch's own context managers leaves gradients off whoever enters them."""
 
 
+class _Code(enum.Enum):
+    """What a function's code is to an interrupter."""
+
+    MET = "met"
+    PASSED = "passed"
+    SPARED = "spared"
+
+
 class Interrupter:
     """Interrupts the k-th place that the calling thread comes through.
 
@@ -40,7 +49,9 @@ class Interrupter:
         self._k = k
         self._kind = kind
         self._count = 0
-        self._counted: dict[CodeType, bool] = {}
+        self._kinds: dict[CodeType, _Code] = {}
+        self._spared: FrameType | None = None
+        """The outermost frame below which nothing is interrupted."""
 
     @property
     def has_failed(self) -> bool:
@@ -58,20 +69,28 @@ class Interrupter:
         sys.setprofile(None)
 
     def _meet(self, frame: FrameType, event: str, _: object) -> None:
-        if event not in ("call", "c_return") or self.has_failed or not self._counts(frame, event):
+        if self._spared is not None:
+            if event == "return" and frame is self._spared:
+                self._spared = None
             return
+        code = frame.f_code
+        kind = self._kinds.get(code)
+        if kind is None:
+            kind = self._kinds[code] = _kind_of(code)
+        if kind is _Code.SPARED and event == "call":
+            self._spared = frame
+        if kind is not _Code.MET or self.has_failed or event not in ("call", "c_return"):
+            return
+        if event == "call" and code.co_flags & inspect.CO_GENERATOR:
+            return  # one that is thrown away is entered, too, and what it raises then is dropped
         self._count += 1
         if self._count == self._k:
-            self.where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            self.where = f"{code.co_filename}:{frame.f_lineno}"
             raise self._kind("injected fault: interrupt")
 
-    def _counts(self, frame: FrameType, event: str) -> bool:
-        code = frame.f_code
-        if code not in self._counted:
-            self._counted[code] = code.co_filename.startswith(_OURS) or code.co_filename.endswith(_THEIRS)
-        if not self._counted[code] or (event == "call" and code.co_flags & inspect.CO_GENERATOR):
-            return False  # one that is thrown away is entered, too, and what it raises then is dropped
-        outer: FrameType | None = frame
-        while outer is not None and not any(part in outer.f_code.co_filename for part in _SPARED):
-            outer = outer.f_back
-        return outer is None
+
+def _kind_of(code: CodeType) -> _Code:
+    if any(part in code.co_filename for part in _SPARED):
+        return _Code.SPARED
+    is_met = code.co_filename.startswith(_OURS) or code.co_filename.endswith(_THEIRS)
+    return _Code.MET if is_met else _Code.PASSED
