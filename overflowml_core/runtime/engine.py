@@ -29,7 +29,7 @@ from overflowml_core.runtime.encode import encoded, show_originals
 from overflowml_core.runtime.experts.apart import dense_format, take_out
 from overflowml_core.runtime.experts.side import ExpertSide
 from overflowml_core.runtime.feeder import LARGEST_WINDOW_BYTES, Feeder
-from overflowml_core.runtime.forks import refusal, tell_of_fork
+from overflowml_core.runtime.forks import tell_of_fork
 from overflowml_core.runtime.gradients import without_gradient
 from overflowml_core.runtime.guards import guard_parts
 from overflowml_core.runtime.homes import FileMaps, Home, original
@@ -89,7 +89,6 @@ class Engine:
         self._elastic = Elastic(device, plan.budget.device_bytes, self._shrink, self._activate, self._turns)
         self.events, self.on_shortage = self._elastic.events, self._elastic.on_shortage
         self._detached = False
-        self._is_forked = False
         tell_of_fork(self._forked)
         self._counted: ExpertReport | None = None
         self.measured_pass_s: float | None = None
@@ -308,8 +307,6 @@ class Engine:
 
     def _activate(self, phase: Phase, strictly: bool = False) -> None:
         """Make a phase the one on the device, ``strictly`` as it is planned. Whatever fails, no phase is half there."""
-        if self._is_forked:
-            raise refusal()
         with self._switch, torch.inference_mode(False), torch.no_grad():
             self._turns.take(phase)
             if phase.stay is Stay.THERE or self._detached:
@@ -324,9 +321,11 @@ class Engine:
                 phase.leave()
 
     def _forked(self) -> None:
-        self._is_forked = True
-        for phase in self._phases:
-            phase.is_present = False
+        if not self._detached:
+            self._switch = self._turns.forked()
+            for phase in self._phases:
+                phase.is_present = False
+                phase.streamer.forked()
 
     def watched(self, component: str) -> tuple[Phase, nn.Module, dict[str, nn.Module]]:
         """A component's phase, its module, and its blocks by name, for whoever watches them run."""
@@ -368,8 +367,6 @@ class Engine:
         Raises:
             Unsupported: this thread is inside a call of the model, or the process was forked from that of the model.
         """
-        if self._is_forked:
-            raise refusal()
         with self._switch, torch.inference_mode(False), torch.no_grad():
             self._turns.refuse_inside()
             self._turns.take(None)

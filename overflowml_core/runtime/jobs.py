@@ -88,10 +88,10 @@ class Workers:
         Raises:
             RuntimeError: the system starts no more threads.
         """
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._threads = [threading.Thread(target=_work, args=(self._jobs,), name=f"{name}_{k}", daemon=True) for k in range(count)]
-        self._end = weakref.finalize(self, _end, self._jobs, count)
-        self._end.atexit = False
+        self._jobs: queue.SimpleQueue[Job | object] = queue.SimpleQueue()
+        # What tells of the end is C as well: Python drops an interrupt that falls into a finalizer, and the rest of the finalizer with it.
+        owner = weakref.ref(self, self._jobs.put)
+        self._threads = [threading.Thread(target=_work, args=(self._jobs, owner), name=f"{name}_{k}", daemon=True) for k in range(count)]
         try:
             for thread in self._threads:
                 thread.start()
@@ -105,28 +105,25 @@ class Workers:
         job.is_handed_over = True
 
     def close(self) -> None:
-        """End the threads; what they are at is done, and what waits is left. A second call does nothing."""
-        self._end()
+        """End the threads; what they are at is done, and what waits is left. A second call does nothing, and goes on where the first one was
+        broken off."""
+        waiting: list[object] = []
+        while True:
+            try:
+                waiting.append(self._jobs.get_nowait())
+            except queue.Empty:
+                break
+        self._jobs.put(None)
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join()
 
 
-def _work(jobs: queue.SimpleQueue[Job | None]) -> None:
+def _work(jobs: queue.SimpleQueue[Job | object], owner: weakref.ref[Workers]) -> None:
     while True:
         job = jobs.get()
-        if job is None:
+        if not isinstance(job, Job) or owner() is None:
+            jobs.put(None)  # for the next thread
             return
         job.carry_out()
         del job  # which may hold memory while this waits for the next
-
-
-def _end(jobs: queue.SimpleQueue[Job | None], count: int) -> None:
-    waiting: list[Job | None] = []
-    while True:
-        try:
-            waiting.append(jobs.get_nowait())
-        except queue.Empty:
-            break
-    for _ in range(count):
-        jobs.put(None)

@@ -242,6 +242,12 @@ class Streamer:
             if not failed:
                 self._prefetch(self._successor[k])
 
+    def forked(self) -> None:
+        """In a process that was forked: what was under way is nobody's, and no lock is taken by a thread that is not there."""
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
+        self._live, self._held = [], [None] * len(self.homes)
+
     def begin_pass(self) -> None:
         """Take back what this thread left in use when an interrupt broke off its last pass."""
         me = threading.get_ident()

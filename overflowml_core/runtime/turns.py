@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from overflowml_core.errors import Unsupported
+from overflowml_core.runtime.forks import refusal
 from overflowml_core.runtime.phase import Phase, Stay
 
 _LOOK_AGAIN_S = 0.002
@@ -50,6 +51,17 @@ class Turns:
         self._phases = phases
         self._queue: list[int] = []
         """Threads that wait, by ident; one that was interrupted may stay in it and is left out."""
+        self._is_forked = False
+
+    def forked(self) -> threading.RLock:
+        """In a process that was forked from the engine's: nobody gets a turn any more.
+
+        Returns:
+            The switch from now on; a thread that is not there may hold the other one for ever.
+        """
+        self._is_forked = True
+        self.switch = threading.RLock()
+        return self.switch
 
     @property
     def present(self) -> Phase | None:
@@ -63,8 +75,11 @@ class Turns:
             wanted: that phase; None where the present one is only to leave.
 
         Raises:
-            Unsupported: this thread is inside a call of the present phase, and all others that are wait themselves.
+            Unsupported: this thread is inside a call of the present phase, and all others that are wait themselves; or the process was
+                forked from that of the model.
         """
+        if self._is_forked:
+            raise refusal()
         me = threading.get_ident()
         try:
             while self._must_wait(me, wanted):
@@ -76,7 +91,13 @@ class Turns:
                 self._queue.remove(me)
 
     def is_alone(self, phase: Phase) -> bool:
-        """Whether no other thread is inside a phase; the caller holds the switch. From then on nobody comes in before it is let go."""
+        """Whether no other thread is inside a phase; the caller holds the switch. From then on nobody comes in before it is let go.
+
+        Raises:
+            Unsupported: the process was forked from that of the model.
+        """
+        if self._is_forked:
+            raise refusal()
         was_open, phase.is_present = phase.is_present, False
         if _inside(_other_frames(), phase, ()):
             phase.is_present = was_open
