@@ -105,8 +105,10 @@ class Workers:
         job.is_handed_over = True
 
     def close(self) -> None:
-        """End the threads; what they are at is done, and what waits is left. A second call does nothing, and goes on where the first one was
-        broken off."""
+        """End the threads; what they are at is done, and what waits is left.
+
+        A second call does nothing, and goes on where the first one was broken off.
+        """
         waiting: list[object] = []
         while True:
             try:

@@ -34,6 +34,11 @@ class Terminated(BaseException):
     """What a server's handler of SIGTERM raises."""
 
 
+def _say(what: str) -> None:
+    sys.stdout.write(what + "\n")
+    sys.stdout.flush()
+
+
 def _answer(number: int, frame: FrameType | None) -> None:
     global _is_armed
     if _is_armed:
@@ -52,7 +57,7 @@ def _insist(stage: str, work: Callable[[], Any]) -> Any:
             return result
         except (KeyboardInterrupt, Terminated) as error:
             _met += 1
-            print("met", type(error).__name__, stage, flush=True)
+            _say(f"met {type(error).__name__} {stage}")
 
 
 class Server:
@@ -95,7 +100,7 @@ def main(folder: Path, signals: int) -> None:
     server.live(4)  # what is imported late is there by now
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _answer)
-    print("ready", flush=True)
+    _say("ready")
     deadline = time.monotonic() + HANG_S
     while _met < signals and time.monotonic() < deadline:
         server.live(12)
@@ -103,7 +108,7 @@ def main(folder: Path, signals: int) -> None:
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("overflowml")]
     if left:
         raise AssertionError(f"threads are left: {left}")
-    print("ended", flush=True)
+    _say("ended")
 
 
 if __name__ == "__main__":

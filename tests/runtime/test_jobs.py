@@ -53,8 +53,9 @@ def test_threads_that_an_interrupt_kept_from_their_owner_end() -> None:
         try:
             with interrupter.at_work():
                 workers = Workers(2, NAME)
-        except KeyboardInterrupt:
-            assert workers is None
+        except (KeyboardInterrupt, RuntimeError) as error:
+            # Python's own Thread.start waits for a condition, and may say that a lock is not taken instead.
+            assert isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt)
         if workers is not None:
             workers.close()
         del workers
