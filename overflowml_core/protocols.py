@@ -24,6 +24,13 @@ class Attachment(Protocol):
         """The plan in words, for a terminal."""
         ...
 
-    def detach(self) -> None:
-        """Give the model back as it was, bit for bit, and free what was allocated. A second call does nothing."""
+    def detach(self) -> bool:
+        """Give the model back as it was, bit for bit, and free what was allocated, once the calls of other threads are over.
+
+        Returns:
+            Whether this call did it. A second call does nothing.
+
+        Raises:
+            OverflowmlError: this thread is inside a call of the model, or the process was forked from that of the model.
+        """
         ...

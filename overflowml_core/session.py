@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -53,6 +55,19 @@ __all__ = [
 ]
 
 _log = logging.getLogger("overflowml")
+
+_one_at_a_time = threading.RLock()
+"""Held while a plan is made and carried out: two at once would both count the memory that is free as theirs."""
+
+
+def _forked() -> None:
+    """In a forked process nobody else manages anything; who did so at the fork is not there."""
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 _ATTACHMENT = "_overflowml_attachment"
 """Where a managed object carries its attachment. A registry on our side would keep the model alive for ever: the
@@ -113,6 +128,11 @@ def manage(
         DoesNotFit: no plan respects the limits; the target is as it was.
         OverflowmlError: it is managed already, or something else went wrong; the target is as it was.
     """
+    with _one_at_a_time:
+        return _manage(target, limits, workload, load, plan)
+
+
+def _manage(target: object, limits: Limits, workload: Workload | None, load: Loading | None, plan: Plan | None) -> Attachment:
     modules = _modules(target)
     # A part deep inside counts too: its weights change place while this plan would hold them.
     inner = [(f"{name}.{path}" if path else name, part) for name, module in modules.items() for path, part in module.named_modules()]
@@ -265,7 +285,9 @@ def _forget(parts: list[object]) -> None:
 
 
 def release(target: object) -> bool:
-    """Give a managed model or pipeline back as it was; False where it was not managed.
+    """Give a managed model or pipeline back as it was; False where it was not managed, or another thread gave it back meanwhile.
+
+    Waits for the calls of other threads.
 
     Routed experts that stayed on disk are read for it, as far as RAM has room for them; others stay without data, with a warning.
     """
@@ -277,10 +299,13 @@ def release(target: object) -> bool:
     if experts is not None and experts.unread_bytes:
         experts.room_bytes = detect().host.available_bytes * 9 // 10  # something is left for who reads them
     try:
-        found.detach()
+        is_first = found.detach()
     except BaseException:
         vars(target)[_ATTACHMENT] = found  # the next release goes on where this one was broken off
         raise
-    vars(target).pop(_ATTACHMENT, None)
+    if attachment(target) is found:  # it may be managed anew by now
+        vars(target).pop(_ATTACHMENT, None)
+    if not is_first:
+        return False
     plugins().ran(found.plan, report)
     return True

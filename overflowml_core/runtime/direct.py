@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -31,6 +32,8 @@ class Direct:
         self.device = device
         self.events = Events()
         self._undo: list[Callable[[], None]] = []
+        self._ending = threading.RLock()
+        self._is_over = False
 
     def attach(self, modules: Mapping[str, nn.Module], loading: Loading | None) -> Direct:
         """Bring in what the host left unread and move the modules to the device.
@@ -64,11 +67,19 @@ class Direct:
         """Have something of a host's undone when the plan is detached; the latest first."""
         self._undo.append(undo)
 
-    def detach(self) -> None:
-        """Undo what hosts registered. The weights stay where they are."""
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
+    def detach(self) -> bool:
+        """Undo what hosts registered, in the middle of a call, too. The weights stay where they are.
+
+        Returns:
+            Whether this call did it, and not one before.
+        """
+        with self._ending:
+            was_over = self._is_over
+            while self._undo:
+                self._undo[-1]()
+                self._undo.pop()
+            self._is_over = True
+            return not was_over
 
 
 _Parameters = list[tuple[nn.Parameter, torch.device]]

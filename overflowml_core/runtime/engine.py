@@ -359,10 +359,13 @@ class Engine:
         """What was counted while experts ran apart from their blocks; None where the plan has none apart. After the end, as it was then."""
         return self.experts.report() or self._counted
 
-    def detach(self) -> None:
+    def detach(self) -> bool:
         """Give the modules back as they were, with plain weights, and free everything, once the calls of other threads are over.
 
         A second call does nothing, and goes on where the first one was broken off.
+
+        Returns:
+            Whether this call did it, and not one before.
 
         Raises:
             Unsupported: this thread is inside a call of the model, or the process was forked from that of the model.
@@ -371,7 +374,7 @@ class Engine:
             self._turns.refuse_inside()
             self._turns.take(None)
             if self._detached:
-                return
+                return False
             self._counted = self.experts.report() or self._counted
             for hook in self._hooks:
                 hook.remove()
@@ -395,3 +398,4 @@ class Engine:
                 self._store.close()
             self.device.trim()
             self._detached = True
+            return True

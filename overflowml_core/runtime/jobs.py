@@ -117,7 +117,7 @@ class Workers:
                 break
         self._jobs.put(None)
         for thread in self._threads:
-            if thread.ident is not None:
+            if thread.is_alive():  # one that an interrupt kept from saying that it started ends by itself
                 thread.join()
 
 
