@@ -6,11 +6,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from overflowml_comfyui import loader
+from overflowml_comfyui import loader, running_host
 from overflowml_comfyui.formats import FORMATS
 from overflowml_core.errors import OverflowmlError
 
-from .nodes import described
+from .nodes import described, watched
 from .schema import PlanType, budget_fields, schema, shown, size_fields
 
 
@@ -55,6 +55,7 @@ class LoadAndQuantize(io.ComfyNode):
                 PlanType.Output(display_name="PLAN"),
                 io.String.Output(display_name="REPORT"),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -77,5 +78,6 @@ class LoadAndQuantize(io.ComfyNode):
     def execute(cls, file: str, format: str = loader.AUTO, quality: str = "minimal", **fields: Any) -> io.NodeOutput:
         """Plan, make the file where it is not there yet, and load it with ComfyUI's own loader."""
         loaded = loader.obtain(file, None if format == loader.AUTO else format, quality, fields)
-        picture, text = described(loaded.decision, "\n".join(loaded.sentences))
-        return io.NodeOutput(loaded.model, str(loaded.path), loaded.decision, text, ui=shown(picture, text))
+        picture, text = described(loaded.decision, "\n".join((*loaded.sentences, running_host.engine_sentence(loaded.model))))
+        model = watched(loaded.model, loaded.decision.parts[0], loaded.is_capped, cls.hidden.unique_id)
+        return io.NodeOutput(model, str(loaded.path), loaded.decision, text, ui=shown(picture, text))

@@ -75,19 +75,7 @@ class Optimize(io.ComfyNode):
             if one is not None
         ]
         decision = Decision((part, *parts))
-        changed = model.clone()
-        for place in (WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL):
-            changed.remove_wrappers_with_key(place, running_host.WRAPPER_KEY)  # of an Optimize node before this one
-        if part.plan is not None:
-            reserve = running_host.with_reserve(part.plan, request.budget_bytes is not None)
-            changed.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, running_host.WRAPPER_KEY, reserve)
-            headroom = running_host.with_headroom(part.plan, request.budget_bytes is not None)
-            changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, headroom)
-        ran = Ran(part, running_host.latent_format_of(patcher), samples_of(module, request.workload.batch), cls.hidden.unique_id)
-        watch = SamplerWatch(patcher.load_device, ran.tell, running_host.loaded_weights)
-        changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, watch.around_sampler)
-        changed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, running_host.WRAPPER_KEY, watch.around_step)
-        changed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, running_host.WRAPPER_KEY, watch.around_pass)
+        changed = watched(model, part, request.budget_bytes is not None, cls.hidden.unique_id)
         picture, text = described(decision, running_host.engine_sentence(patcher))
         return io.NodeOutput(changed, clip, vae, decision, text, ui=shown(picture, text))
 
@@ -235,6 +223,32 @@ def _decide_prompt(prompt: object) -> Decision:
 
 def _tell_verdict(decision: Decision, client: str | None) -> None:
     running_host.send("verdict", picture_of(decision), client)
+
+
+def watched(model: Any, part: Part, is_capped: bool, node: str) -> Any:
+    """A copy of a MODEL that keeps its plan's reserve and is measured while it is sampled; the MODEL itself stays as it is.
+
+    Args:
+        model: the MODEL.
+        part: with its plan, if there is one.
+        is_capped: the budget was asked for.
+        node: that shows what is measured.
+    """
+    patcher, module = running_host.module_of(model, "MODEL")
+    changed = model.clone()
+    for place in (WrappersMP.PREPARE_SAMPLING, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.APPLY_MODEL):
+        changed.remove_wrappers_with_key(place, running_host.WRAPPER_KEY)  # of a node of ours before this one
+    if part.plan is not None:
+        reserve = running_host.with_reserve(part.plan, is_capped)
+        changed.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, running_host.WRAPPER_KEY, reserve)
+        headroom = running_host.with_headroom(part.plan, is_capped)
+        changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, headroom)
+    ran = Ran(part, running_host.latent_format_of(patcher), samples_of(module, part.workload.batch), node)
+    watch = SamplerWatch(patcher.load_device, ran.tell, running_host.loaded_weights)
+    changed.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, running_host.WRAPPER_KEY, watch.around_sampler)
+    changed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, running_host.WRAPPER_KEY, watch.around_step)
+    changed.add_wrapper_with_key(WrappersMP.APPLY_MODEL, running_host.WRAPPER_KEY, watch.around_pass)
+    return changed
 
 
 def described(decision: Decision, engine: str) -> tuple[dict[str, object], str]:

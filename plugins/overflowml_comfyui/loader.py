@@ -31,12 +31,14 @@ class Loaded:
         path: of the file that it was loaded from.
         decision: the plan.
         sentences: what was done, for the report.
+        is_capped: the budget was asked for.
     """
 
     model: Any
     path: Path
     decision: Decision
     sentences: tuple[str, ...]
+    is_capped: bool
 
 
 def check(label: object) -> None:
@@ -77,13 +79,14 @@ def obtain(label: str, format_name: str | None, quality: str, fields: Mapping[st
     if format_name is not None and not any(layers.values()):
         raise Unsupported(f"{source.path.name}: none of its layers can be quantized; load it with ComfyUI's own loader")
     part = decide(source.path.name, network, request, asked, running_host.machine())
+    is_capped = request.budget_bytes is not None
     limited = clipped(part, request.budget_bytes)
     formats = layer_formats(part, layers, asked.formats)
     if not formats:
         kept = "weights as they are stored: no format of the permitted quality is worth it, or smaller, for this budget"
-        return Loaded(running_loader.load_as_stored(source), source.path, Decision((part,)), (kept, *limited))
+        return Loaded(running_loader.load_as_stored(source), source.path, Decision((part,)), (kept, *limited), is_capped)
     made = _file(source, part, formats)
-    return Loaded(_model(made), made.path, Decision((part,)), (*sentences(made), *limited))
+    return Loaded(_model(made), made.path, Decision((part,)), (*sentences(made), *limited), is_capped)
 
 
 def foresee(label: str, fields: Mapping[str, object]) -> Part:

@@ -248,6 +248,9 @@ def test_the_page_hears_before_the_run_what_the_node_plans(host, quantized):
     done = subprocess.run(listen, input=json.dumps(graph), env=environment, capture_output=True, text=True, timeout=120, check=True)
     (verdict,) = [event["data"] for event in map(json.loads, done.stdout.splitlines()) if event["type"] == "overflowml.verdict"]
 
+    measured = [event["data"] for event in map(json.loads, done.stdout.splitlines()) if event["type"] == "overflowml.measured"]
+
+    assert [(one["node"], one["parts"][0]["key"]) for one in measured] == [("1", verdict["parts"][0]["key"])]
     assert verdict["parts"][0]["plan_fingerprint"] == _record(host, "fp8", "12MB")["plan_fingerprint"]
     assert verdict["verdict"] == "fits"
 
