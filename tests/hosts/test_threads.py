@@ -87,7 +87,7 @@ def test_one_pipeline_in_two_threads_neither_hangs_nor_stays_wrong() -> None:
 def test_a_managed_model_is_not_managed_again() -> None:
     pipe, expected = _managed_pipeline()
     for target in (pipe, pipe.unet, pipe.text_encoder):
-        with pytest.raises(overflowml.OverflowmlError, match="managed by overflowml already; call overflowml.release"):
+        with pytest.raises(overflowml.OverflowmlError, match=r"managed by overflowml already; call overflowml\.release"):
             overflowml.optimize_pipeline(target)
     assert_same(pipelines.run("stable_diffusion", pipe), expected)
     assert overflowml.release(pipe)
