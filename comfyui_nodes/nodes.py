@@ -76,7 +76,7 @@ class Optimize(io.ComfyNode):
         ]
         decision = Decision((part, *parts))
         changed = watched(model, part, request.budget_bytes is not None, cls.hidden.unique_id)
-        picture, text = described(decision, running_host.engine_sentence(patcher))
+        picture, text = described(decision, running_host.engine_sentence(patcher, request.budget_bytes is not None))
         return io.NodeOutput(changed, clip, vae, decision, text, ui=shown(picture, text))
 
 

@@ -106,12 +106,17 @@ def _headroom_control() -> Any:
     return control if hasattr(control, "set_simple_vram_headroom") and hasattr(control, "get_simple_vram_headroom") else None
 
 
-def engine_sentence(patcher: Any) -> str:
-    """How the host carries a plan for this model out."""
+def engine_sentence(patcher: Any, is_capped: bool) -> str:
+    """How the host carries a plan for this model out.
+
+    Args:
+        patcher: of the model.
+        is_capped: a budget was asked for.
+    """
+    if is_dynamic(patcher) and not is_capped:
+        return "This host streams the model with its dynamic engine, which takes what is free; no budget was asked for."
     if is_dynamic(patcher) and _headroom_control() is not None:
-        return (
-            "This host streams the model with its dynamic engine; while this model samples, all of the device but the budget is kept free."
-        )
+        return "This host streams the model with its dynamic engine: while it samples, all of the device but the budget is kept free."
     if is_dynamic(patcher):
         return (
             "This host streams the model with its dynamic engine, which takes a limit for all models at its start alone: "

@@ -17,13 +17,14 @@ pytestmark = pytest.mark.comfyui
 @pytest.mark.parametrize("name", ["optimize_a_checkpoint.json", "stop_before_it_is_too_large.json"])
 def test_an_example_makes_its_picture_with_every_part_planned(host, name):
     graph = workflows.api_form(workflows.tiny(name), host.get("/object_info"))
+    optimize = next(key for key, node in graph.items() if node["class_type"] == "OverflowMLOptimize")
+    graph[optimize]["inputs"]["budget"] = f"{20 + len(name)}GB"  # hosts before 0.33 do not repeat what a cached node showed
     ended = host.run(graph)
 
     assert ended["status"]["status_str"] == "success", ended["status"]
     pictures = [image for output in ended["outputs"].values() for image in output.get("images", ())]
     assert len(pictures) == 1
     assert (host.base / "output" / pictures[0]["filename"]).stat().st_size > 0
-    optimize = next(key for key, node in graph.items() if node["class_type"] == "OverflowMLOptimize")
     parts = ended["outputs"][optimize]["overflowml"][0]["parts"]
     assert [part["name"] for part in parts] == ["model", "text encoder", "vae"]
     assert all(part["plan_fingerprint"] and part["peak_bytes"] > 0 for part in parts)

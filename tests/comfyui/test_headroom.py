@@ -65,6 +65,7 @@ def test_all_but_the_budget_is_kept_free_while_the_model_samples(engine):
     sampled = running_host.with_headroom(_PLAN, True)(lambda guider, x, y=0: seen.append(control.now) or (x, y), _guider(), 1, y=2)
 
     assert sampled == (1, 2)
+    assert "but the budget is kept free" in running_host.engine_sentence(_guider().model_patcher, True)
     assert seen == [14 * GIB]
     assert control.now == GIB
 
@@ -92,7 +93,8 @@ def test_an_older_engine_samples_and_the_report_says_that_the_budget_is_not_enfo
     engine(_module("comfy_aimdo.control", init=lambda: None))
 
     assert running_host.with_headroom(_PLAN, True)(lambda guider: "picture", _guider()) == "picture"
-    assert "--vram-headroom" in running_host.engine_sentence(_guider().model_patcher)
+    assert "--vram-headroom" in running_host.engine_sentence(_guider().model_patcher, True)
+    assert "no budget was asked for" in running_host.engine_sentence(_guider().model_patcher, False)
 
 
 def test_an_engine_whose_library_is_not_loaded_samples_with_a_warning(engine, caplog):

@@ -64,10 +64,9 @@ def test_before_and_after_the_nodes_of_others_latents_are_the_same(host, unchang
 
 
 def test_what_others_hung_on_a_model_stays_and_ours_is_on_our_clone_alone(host, unchanged):
-    look = ("LookAtModel", {})
-    ended = host.run(_graph("looked", OTHERS, look, OURS, ("LookAtModel", {})))
+    ended = host.run(_graph("looked", OTHERS, ("LookAtModel", {"look": 1}), OURS, ("LookAtModel", {"look": 2})))
     before, after = (json.loads(ended["outputs"][node]["text"][0]) for node in ("21", "23"))
-    again = json.loads(host.run(_graph("looked", OTHERS, look, seed=12))["outputs"]["21"]["text"][0])
+    again = json.loads(host.run(_graph("looked", OTHERS, ("LookAtModel", {"look": 3}), seed=12))["outputs"]["21"]["text"][0])
 
     assert before == again
     ours = {kind: sorted(set(keys) - set(before["wrappers"].get(kind, ()))) for kind, keys in after["wrappers"].items()}

@@ -89,10 +89,10 @@ class LookAtModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        """One model."""
-        return {"required": {"model": ("MODEL",)}}
+        """One model, and a number that makes the host look again: older ones do not repeat what a cached node showed."""
+        return {"required": {"model": ("MODEL",), "look": ("INT", {"default": 0})}}
 
-    def look(self, model):
+    def look(self, model, look):
         """See."""
         return {"ui": {"text": [state.of_patcher(model)]}, "result": (model,)}
 
