@@ -1,0 +1,1 @@
+"""Batches of work on a cluster, through Ray. Importing it imports neither Ray nor torch."""
