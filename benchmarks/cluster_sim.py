@@ -234,7 +234,7 @@ def measure(report: Report, cases: dict[str, list[Case]]) -> tuple[list[list[str
         outcomes = [Cluster(case).run() for case in several]
         case, count = several[0], several[0].nodes * several[0].tasks_per_node
         over = [one.over_bound for one in outcomes]
-        key = f"{name.replace(' ', '_')}.{case.tasks_per_node}_a_node.{round(100 * case.failing)}_percent"
+        key = f"{name.partition(' of ')[0].replace(' ', '_')}.{case.tasks_per_node}_a_node.{round(100 * case.failing)}_percent"
         for figure, values, unit in (
             ("over_bound", over, "x"),
             ("lost", [one.lost for one in outcomes], "share"),
