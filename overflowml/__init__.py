@@ -197,5 +197,13 @@ def release(target: object) -> bool:
     return _session.release(target)
 
 
+def __getattr__(name: str) -> object:
+    if name != "ray":
+        raise AttributeError(f"module 'overflowml' has no attribute {name!r}")
+    import importlib
+
+    return importlib.import_module("overflowml.ray")  # what it needs is imported by whoever asks for it
+
+
 if not _environment.disabled():
     install()

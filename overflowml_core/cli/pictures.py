@@ -26,7 +26,7 @@ def pictures(
     prompts: Annotated[
         Path, typer.Option(metavar="FILE", help="A prompt a line, or .jsonl or .csv with prompt, negative, seed, width, height.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the pictures; what is there already is not made again.")],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the pictures; what is there already is not made again.")],
     vram: Annotated[
         str | None,
         typer.Option("--budget", "--vram", help=f"Budget of the compute tier, {_SIZE}; what is free by default.", rich_help_panel=_LIMITS),
@@ -50,6 +50,10 @@ def pictures(
             "--set", metavar="NAME=VALUE", help="Another argument of the pipeline's call; may be repeated.", rich_help_panel=_WORK
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Make them on a Ray cluster: local, auto or HOST:PORT; DIR may be a URL.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make a picture for each prompt of a file. Started again after a kill, it goes on without losing or repeating one."""
@@ -64,7 +68,15 @@ def pictures(
     call, count = call_arguments(set_ or [], steps, guidance), _count(batch)
     check_folder(pipeline)
     settings = Settings(_digest(pipeline), dtype, negative, width, height, call)
-    _run(Job(pipeline, asked, settings, limits, seed, count), out, as_json)
+    job = Job(pipeline, asked, settings, limits, seed, count)
+    if ray is not None:
+        from overflowml_ray.command import run
+
+        run(job, out, ray, as_json)
+    elif "://" in out:
+        raise BadLimits(f"--out={out!r}: a URL is for runs on a cluster; give --ray ADDRESS (local is this machine alone), or a folder")
+    else:
+        _run(job, Path(out), as_json)
 
 
 def _digest(folder: Path) -> str:

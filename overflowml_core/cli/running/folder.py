@@ -144,7 +144,7 @@ class RunFolder:
         assert self.header is not None
         lines = []
         for index, image in images.items():
-            content = _png(image, {"run": self.header.run, "image": index, "seed": seeds[index]})
+            content = png_of(image, {"run": self.header.run, "image": index, "seed": seeds[index]})
             with _writing(self.picture(index)):
                 _write_whole(self.picture(index), content)
             lines.append(self._entry(index, content, seeds[index], batch))
@@ -285,7 +285,8 @@ def _write_whole(target: Path, content: bytes) -> None:
         raise
 
 
-def _png(image: Any, about: Mapping[str, Any]) -> bytes:
+def png_of(image: Any, about: Mapping[str, Any]) -> bytes:
+    """A picture as a PNG file that says which one of which run it is."""
     from PIL.PngImagePlugin import PngInfo
 
     told, stream = PngInfo(), io.BytesIO()
