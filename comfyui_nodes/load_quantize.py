@@ -78,6 +78,8 @@ class LoadAndQuantize(io.ComfyNode):
     def execute(cls, file: str, format: str = loader.AUTO, quality: str = "minimal", **fields: Any) -> io.NodeOutput:
         """Plan, make the file where it is not there yet, and load it with ComfyUI's own loader."""
         loaded = loader.obtain(file, None if format == loader.AUTO else format, quality, fields)
-        picture, text = described(loaded.decision, "\n".join((*loaded.sentences, running_host.engine_sentence(loaded.model))))
+        picture, text = described(
+            loaded.decision, "\n".join((*loaded.sentences, running_host.engine_sentence(loaded.model, loaded.is_capped)))
+        )
         model = watched(loaded.model, loaded.decision.parts[0], loaded.is_capped, cls.hidden.unique_id)
         return io.NodeOutput(model, str(loaded.path), loaded.decision, text, ui=shown(picture, text))
