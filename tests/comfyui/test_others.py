@@ -70,7 +70,7 @@ def test_what_others_hung_on_a_model_stays_and_ours_is_on_our_clone_alone(host, 
 
     assert before == again
     ours = {kind: sorted(set(keys) - set(before["wrappers"].get(kind, ()))) for kind, keys in after["wrappers"].items()}
-    assert {kind for kind, keys in ours.items() if keys} == {"prepare_sampling", "sampler_sample", "predict_noise"}
+    assert {kind for kind, keys in ours.items() if keys} == {"prepare_sampling", "sampler_sample", "predict_noise", "apply_model"}
     assert all(keys in ([], ["overflowml"]) for keys in ours.values())
     for kind, keys in before["wrappers"].items():
         assert set(keys) <= set(after["wrappers"][kind])
