@@ -76,7 +76,8 @@ def _sentence(done: Done, summary: Summary, out: str) -> str:
     from overflowml_core.cli.words import seconds_words
 
     there = f"{done.found} were there already, " if done.found else ""
-    by = f" by {len(summary.tasks)} workers" if summary.tasks else ""
+    count = len(summary.tasks)
+    by = f" by {count} worker{'' if count == 1 else 's'}" if count else ""
     redone = f", {summary.counts.redone} done again" if summary.counts.redone else ""
     return (
         f"{done.made + done.found} pictures in {out}: {there}{done.made} made{by} in {seconds_words(done.seconds)}{redone}, "

@@ -181,7 +181,10 @@ class Crew:
         except self.ray.exceptions.TaskCancelledError:
             return
         except self.ray.exceptions.RayError as error:
-            self._gone(one, _words(error))
+            if call.kind == "greeting":  # its versions are not known: nothing may be done there
+                self._set_aside(one, f"it did not say which versions it has ({_words(error)})")
+            else:
+                self._gone(one, _words(error))
             return
         if call.kind == "greeting":
             unlike = difference(self.versions, answer)

@@ -195,7 +195,7 @@ def _make(ray: Any, job: Job, header: Header, folder: RunFolder | StorageRun, te
             for batch in dict.fromkeys(one.batch for one in made.values()):
                 images = {index: Encoded(one.content or b"") for index, one in made.items() if one.batch == batch}
                 folder.keep(images, {index: seeds[index] for index in images}, batch)
-        tell(len(folder.done), header.count, f"{crew.working} workers")
+        tell(len(folder.done), header.count, f"{crew.working} worker{'' if crew.working == 1 else 's'}")
 
     try:
         return crew.run([_cost(job, one) for one in companies], keep)
