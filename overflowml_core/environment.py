@@ -31,6 +31,14 @@ PROGRESS = "OVERFLOWML_PROGRESS"
 TUNED = "OVERFLOWML_TUNED"
 """0: plans that ``overflowml tune`` kept are not used."""
 
+RAY_ADDRESS = "RAY_ADDRESS"
+"""Ray's own: HOST:PORT of the cluster that ``--ray auto`` means; what runs on this machine by default."""
+
+
+def ray_address() -> str | None:
+    """The cluster that Ray would take by itself, None where the user leaves it open."""
+    return os.environ.get(RAY_ADDRESS) or None
+
 
 def uses_tuned() -> bool:
     """Whether plans that were measured to be the fastest are used."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import os
 import socket
 from collections.abc import Iterator
 from typing import Any
 
+from overflowml_core.environment import ray_address
 from overflowml_ray.errors import NoCluster
 
 REACH_S = 10.0
@@ -36,7 +36,6 @@ def connected(address: str) -> Iterator[Any]:
         yield ray
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
-    # The variable would be taken before "local" by Ray's own rules for some values; what the user wrote here counts.
     try:
         if address == "local":
             ray.init(address="local", include_dashboard=False, **quiet)
@@ -64,7 +63,7 @@ def check_address(address: str) -> None:
     if importlib.util.find_spec("ray") is None:
         raise NoCluster(address, "Ray is not installed", "pip install 'overflowml[ray]', on each node")
     if address == "auto":
-        address = os.environ.get("RAY_ADDRESS") or address
+        address = ray_address() or address
     if address in ("auto", "local"):
         return
     host, colon, port = address.rpartition(":")
