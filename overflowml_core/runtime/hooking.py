@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from overflowml_core.runtime.compiling import HookPair, Uncompiled
+from overflowml_core.runtime.compiling import HookPair, Uncompiled, keep_out_of_graphs
 from overflowml_core.runtime.gradients import refuse_gradients
 from overflowml_core.runtime.leaves import modules_around
 from overflowml_core.runtime.phase import Phase, Stay
@@ -47,6 +47,8 @@ def hook_phase(
         if not phase.is_present:
             bring(phase)
 
+    for hook in (begin, ensure):
+        keep_out_of_graphs(hook)  # a graph would hold what was there, and whose thread it was, when it was made
     for name, module in modules.items():
         handles.append(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
         handles += [Uncompiled(part) for part in modules_around(module, structures[name])]

@@ -80,6 +80,9 @@ class Turns:
         """
         if self._is_forked:
             raise refusal()
+        _uncompiled(self._take)(wanted)
+
+    def _take(self, wanted: Phase | None) -> None:
         me = threading.get_ident()
         try:
             while self._must_wait(me, wanted):
@@ -99,7 +102,7 @@ class Turns:
         if self._is_forked:
             raise refusal()
         was_open, phase.is_present = phase.is_present, False
-        if _inside(_other_frames(), phase, ()):
+        if _uncompiled(_inside)(_other_frames(), phase, ()):
             phase.is_present = was_open
             return False
         return True
@@ -138,6 +141,13 @@ class Turns:
                 "call one after the other, or give the budget room for both"
             )
         return True
+
+
+def _uncompiled(function: _Function) -> _Function:
+    """The function, out of reach of ``torch.compile`` where somebody uses it: a frame is no value that a graph could hold, and Dynamo fails
+    over it."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return function if dynamo is None else dynamo.disable(function)  # type: ignore[no-any-return]
 
 
 def _other_frames() -> dict[int, FrameType]:

@@ -37,9 +37,10 @@ class Engine:
     def on_detach(self, undo: Callable[[], None]) -> None:
         self._undo.append(undo)
 
-    def detach(self) -> None:
+    def detach(self) -> bool:
         while self._undo:
             self._undo.pop()()
+        return True
 
     def expert_report(self):
         return self.counted

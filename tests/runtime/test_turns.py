@@ -153,6 +153,38 @@ def test_a_part_that_is_called_by_itself_keeps_its_phase(tmp_path: Path, vgpu: V
     assert isinstance(second[0], torch.Tensor)
 
 
+@pytest.mark.parametrize("what", ["whole", "blocks", "forward"])
+def test_a_phase_does_not_leave_under_a_call_that_is_compiled_or_wrapped(what: str, tmp_path: Path) -> None:
+    """``torch.compile`` of the whole or of its blocks, and a forward that others replaced on the instance, as accelerate does."""
+    modules = parts(2)
+    first, device = modules["part0"], HostDevice()
+    expected = {name: run_plain(m, device) for name, m in modules.items()}
+    gate = gated(first)
+    with job(modules, device, tier="disk").attached(tmp_path) as engine:
+        call: Callable[[torch.Tensor], torch.Tensor] = first
+        if what == "whole":
+            call = torch.compile(first, backend="eager")
+        elif what == "blocks":
+            for block in first.blocks:
+                block.compile(backend="eager")
+        else:
+            true = first.forward
+            first.forward = lambda *args, **kwargs: true(*args, **kwargs)
+            call = first.forward  # past all hooks of the whole
+        inside, results = started(lambda: call(rows()))
+        assert gate.reached.wait(TIMEOUT_S)
+        waits, others = started(lambda: run(modules["part1"], device))
+        while not engine._turns._queue:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert engine._turns.present is engine._phases[0]
+        gate.open.set()
+        ended(inside)
+        ended(waits)
+    assert same(results[0], expected["part0"])  # type: ignore[arg-type]
+    assert same(others[0], expected["part1"])  # type: ignore[arg-type]
+
+
 def test_threads_that_wait_for_each_other_are_told(tmp_path: Path, vgpu: Virtual) -> None:
     """One is inside a block and calls another phase; the other waits for the block's bytes."""
     modules = parts(2)
