@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import typer
@@ -30,7 +31,8 @@ def run(job: Job, out: str, address: str, as_json: bool) -> None:
         as_json: print what came of it as JSON.
     """
     check_address(address)  # before the folder is touched
-    with ended_by_sigterm(), _place(out) as folder, connected(address) as ray, ended_by_sigterm():  # Ray takes the signal for itself
+    # Ray takes the signal for itself, and says what it sees of its processes on standard output, which is for the answer alone.
+    with ended_by_sigterm(), _place(out) as folder, redirect_stdout(sys.stderr), connected(address) as ray, ended_by_sigterm():
         try:
             with pictures_bar() as tell:
                 done, summary = run_on_cluster(ray, job, folder, tell, _note)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from overflowml_ray.errors import NobodyLeft, TaskFailed, WorkRefused
-from overflowml_ray.nodes import Seat, difference, question, seats_of, versions_here
+from overflowml_ray.nodes import Seat, at_node, difference, question, seats_of, versions_here
 from overflowml_ray.policy import Counts, Grant, Scheduler
 from overflowml_ray.worker import ASIDE, DONE, FAULT, NODE_ASIDE, REFUSED, Answer, Work, Worker
 
-HELLO_S = 60.0
+HELLO_S = 120.0
 """How long a node may take to start a process, and to answer."""
 _LOOK_S, _TICK_S = 5.0, 0.5
 _MOST_ENDS, _MOST_FAULTS, _MOST_LOSSES = 3, 2, 3
@@ -141,7 +141,7 @@ class Crew:
     def _greet(self, node: Mapping[str, Any]) -> None:
         for seat in seats_of(node):
             self.hired[seat.name] = one = _Hired(seat, since_s=time.monotonic())
-            asking = self.ray.remote(question()).options(num_cpus=0, max_retries=0, scheduling_strategy=self._at(seat))
+            asking = self.ray.remote(question()).options(num_cpus=0, max_retries=0, scheduling_strategy=at_node(seat.node))
             self.calls[asking.remote()] = _Call("greeting", seat.name, one.actor)
 
     def _hire(self, one: _Hired) -> None:
@@ -149,15 +149,10 @@ class Crew:
             "num_cpus": one.seat.cores,
             "num_gpus": one.seat.accelerators,
             "max_restarts": 0,
-            "scheduling_strategy": self._at(one.seat),
+            "scheduling_strategy": at_node(one.seat.node),
         }
         one.actor, one.since_s = self.ray.remote(Worker).options(**options).remote(one.seat), time.monotonic()
         self.calls[one.actor.hello.remote()] = _Call("hello", one.seat.name, one.actor)
-
-    def _at(self, seat: Seat) -> Any:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return NodeAffinitySchedulingStrategy(seat.node, soft=False)
 
     # ---- what is sent and heard
 

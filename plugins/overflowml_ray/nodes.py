@@ -40,6 +40,13 @@ def seats_of(node: Mapping[str, Any]) -> list[Seat]:
     return [Seat(short, node["NodeID"], 0, cores, 1)] if cores else []
 
 
+def at_node(node: str) -> Any:
+    """How Ray is told to start something on this node and nowhere else."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
 def versions_here() -> dict[str, str]:
     """Versions of the packages that must be the same, and of Python. What is not installed is left out."""
     return _asking()()

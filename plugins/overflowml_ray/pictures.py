@@ -19,7 +19,7 @@ from overflowml_core.facts import Bytes, Limits
 from overflowml_ray.crew import Crew, Summary
 from overflowml_ray.errors import SetAside, WorkRefused
 from overflowml_ray.models import Library, Listing, on_this_node
-from overflowml_ray.nodes import Seat
+from overflowml_ray.nodes import Seat, at_node
 from overflowml_ray.storage import Storage, StorageRun
 
 _SEEDS = 2**32
@@ -181,7 +181,11 @@ def _make(ray: Any, job: Job, header: Header, folder: RunFolder | StorageRun, te
     seeds = seeds_of(job.prompts, header.seed)
     there = frozenset(folder.done)
     companies = [one for one in in_batches(job.prompts, job.settings, header.batch) if not there.issuperset(one)]
-    library = ray.remote(Library).options(num_cpus=0, scheduling_strategy=_here(ray)).remote(job.pipeline.resolve())
+    library = (
+        ray.remote(Library)
+        .options(num_cpus=0, scheduling_strategy=at_node(ray.get_runtime_context().get_node_id()))
+        .remote(job.pipeline.resolve())
+    )
     storage = folder.storage if isinstance(folder, StorageRun) else None
     job = replace(job, pipeline=job.pipeline.resolve())
     work = PictureWork(job, header, Listing.of(job.pipeline), library, storage)
@@ -203,12 +207,6 @@ def _make(ray: Any, job: Job, header: Header, folder: RunFolder | StorageRun, te
         ray.kill(library)
         if isinstance(folder, StorageRun):
             folder.put_manifest()
-
-
-def _here(ray: Any) -> Any:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _cost(job: Job, company: tuple[int, ...]) -> float:
