@@ -224,9 +224,9 @@ def _digest(job: Job) -> str:
 
 
 def _check_accelerator(seat: Seat) -> None:
-    import torch
+    from overflowml_core import session
 
-    if seat.accelerators and not torch.cuda.is_available():
+    if seat.accelerators and not session.detect().accelerators:
         raise SetAside("Ray counts an accelerator there, and torch sees none")
 
 

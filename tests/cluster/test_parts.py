@@ -268,10 +268,12 @@ def test_workers_of_one_node_divide_its_memory(monkeypatch):
 
 
 def test_an_accelerator_that_torch_does_not_see_sets_its_worker_aside(monkeypatch):
-    torch = pytest.importorskip("torch")
+    from overflowml_core import session
     from overflowml_ray.pictures import _check_accelerator
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(session, "detect", lambda: SimpleNamespace(accelerators=()))
     with pytest.raises(SetAside, match="torch sees none"):
         _check_accelerator(Seat("a", "1", 1, 1.0, 1))
     _check_accelerator(SEAT)
+    monkeypatch.setattr(session, "detect", lambda: SimpleNamespace(accelerators=("one",)))
+    _check_accelerator(Seat("a", "1", 1, 1.0, 1))
