@@ -135,7 +135,7 @@ def work_out(source: Source, part: Part, formats: Mapping[str, HostFormat], made
     assert part.plan is not None
     chosen = sorted((name, one.name) for name, one in formats.items())
     conversion = digest([SCHEMA, source.label, part.network.fingerprint, chosen, made_by])
-    layout = lay_out(source, formats, Record(conversion, source.stamp, part.plan.fingerprint, made_by, now_s()))
+    layout = lay_out(source, formats, Record(conversion, source.stamp, part.fingerprint, made_by, now_s()))
     facts = [TensorFact(name, entry.shape, entry.dtype, entry.nbytes) for name, entry in source.tensors.items()]
     blocks = {tensor.name: group.name for group in find_groups(facts)[0] for tensor in group.tensors}
     slabs: Counter[str] = Counter()

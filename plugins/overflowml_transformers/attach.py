@@ -8,6 +8,7 @@ from typing import Any
 
 from overflowml_core.facts import Tier
 from overflowml_core.runtime.guards import MODULE_MOVES, guard, guard_state
+from overflowml_transformers.caches import know_caches
 from overflowml_transformers.experts import take_over
 
 _ON = {Tier.PINNED: "cpu", Tier.RAM: "cpu", Tier.DISK: "disk"}
@@ -15,6 +16,7 @@ _ON = {Tier.PINNED: "cpu", Tier.RAM: "cpu", Tier.DISK: "disk"}
 
 def after_attach(model: Any, attachment: Any) -> None:
     """Set ``hf_device_map`` and guard the methods that move weights; both end with the attachment."""
+    know_caches()
     plan = attachment.plan
     # transformers.pipeline takes the first value for its device; generate looks for "cpu" and "disk" to leave compilation off.
     device_map: OrderedDict[str, str] = OrderedDict({"": plan.device})

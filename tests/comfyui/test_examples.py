@@ -13,6 +13,10 @@ import workflows
 
 pytestmark = pytest.mark.comfyui
 
+_TRIED = ("optimize_a_checkpoint.json", "preview_a_file.json", "stop_before_it_is_too_large.json")
+_NAMES_OTHERS = "load_and_quantize.json"
+"""Names text encoders of Flux, of which there are no small ones; what its node makes is sampled in test_load_quantize.py."""
+
 
 @pytest.mark.parametrize("name", ["optimize_a_checkpoint.json", "stop_before_it_is_too_large.json"])
 def test_an_example_makes_its_picture_with_every_part_planned(host, name):
@@ -51,10 +55,15 @@ def test_the_example_that_previews_says_what_it_says(host):
     assert any("tiny_flux.safetensors" in text and "peak" in text for text in texts)
 
 
-def test_every_example_is_tried_here():
-    tried = {"optimize_a_checkpoint.json", "preview_a_file.json", "stop_before_it_is_too_large.json"}
+def test_the_example_that_quantizes_is_made_of_what_the_host_has(host):
+    graph = workflows.api_form(workflows.tiny(_NAMES_OTHERS), host.get("/object_info"))
 
-    assert set(workflows.names()) == tried
+    sampled = next(node for node in graph.values() if node["class_type"] == "KSampler")
+    assert graph[sampled["inputs"]["model"][0]]["class_type"] == "OverflowMLLoadAndQuantize"
+
+
+def test_every_example_is_tried_here():
+    assert set(workflows.names()) == {*_TRIED, _NAMES_OTHERS}
 
 
 def test_the_page_queues_the_examples_as_they_are_tried_here(host):
@@ -64,7 +73,7 @@ def test_the_page_queues_the_examples_as_they_are_tried_here(host):
     if browser is None or subprocess.run(probe, env=made, capture_output=True, check=False).returncode:
         pytest.skip("no browser: install chromium, and playwright into the host's interpreter")
     info = host.get("/object_info")
-    small = [workflows.tiny(name) for name in workflows.names()]
+    small = [workflows.tiny(name) for name in _TRIED]
     for workflow in small:  # the host runs nothing twice
         for node in workflow["nodes"]:
             if node["type"] == "KSampler":

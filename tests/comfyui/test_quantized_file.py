@@ -130,7 +130,7 @@ def test_a_file_holds_formats_in_blocks_and_everything_else_as_it_was(model, nam
         key for w in converted for key in (*(w + one.suffix for one in FORMATS[name].parts), w.removesuffix("weight") + "comfy_quant")
     }
     assert metadata["modelspec.title"] == "tiny"
-    assert json.loads(metadata["overflowml"])["plan"] == part.plan.fingerprint
+    assert json.loads(metadata["overflowml"])["plan"] == part.fingerprint
     # What a device holds of each block is what the plan has for it.
     for placement in part.plan.placements():
         own = [t for key, t in found.items() if key.startswith(f"{placement.block}.") and not key.endswith("comfy_quant")]
@@ -168,7 +168,7 @@ def test_a_file_is_made_once_and_found_by_every_budget_that_decides_the_same(mod
 
     assert before == len(first.layout.formats) > 0
     assert (second.path, second.is_new, len(_Counting.seen)) == (first.path, False, before)
-    assert part.plan.fingerprint != first.layout.record.plan
+    assert part.fingerprint != first.layout.record.plan
     assert _files(folder) == [first.path.name] == [file_name(layout)]
 
 

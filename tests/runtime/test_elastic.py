@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from overflowml_core.runtime.elastic_state import GROWING
 from overflowml_core.runtime.engine import Engine
 from tests.runtime.build import Block, Stack, job, rows, same, slots_budget, snapshot, stack
 from tests.runtime.conftest import Virtual
@@ -199,6 +200,42 @@ def remembering() -> Remembering:
     return Remembering(6, 64).eval().requires_grad_(False)
 
 
+@pytest.fixture
+def known_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GROWING, Cache, {"seen": 0})
+
+
+def test_a_call_keeps_alive_nothing_that_a_plain_one_lets_go(tmp_path: Path, vgpu: Virtual) -> None:
+    module, x = remembering(), rows(64).to("vgpu")
+    plain = remembering().to("vgpu")
+
+    def peak_bytes(called: nn.Module) -> int:
+        cache = Cache(False)
+        with torch.no_grad():
+            called(x, cache)
+            before_bytes = vgpu.sim.peak_bytes = vgpu.sim.allocated_bytes
+            called(x, cache)
+        return vgpu.sim.peak_bytes - before_bytes
+
+    expected = peak_bytes(plain)
+    with job(module, vgpu.device, budget_bytes=slots_budget(module, 2, 3)).attached(tmp_path):
+        assert peak_bytes(module) <= expected
+
+
+def test_a_cache_that_nobody_knows_is_not_gone_over_again(tmp_path: Path, vgpu: Virtual) -> None:
+    module, x = remembering(), rows(64).to("vgpu")
+    with torch.no_grad(), job(module, vgpu.device, budget_bytes=slots_budget(module, 2, 3)).attached(tmp_path) as engine:
+        cache = Cache(False)
+        module(x, cache)
+        vgpu.sim.faults = Faults(alloc={10})
+        with pytest.raises(torch.OutOfMemoryError):
+            module(x, cache)
+        vgpu.sim.faults = Faults()
+        assert "not retried" in kinds(engine)
+        assert "nobody knows how to take that back" in next(event.reason for event in engine.events if event.kind == "not retried")
+
+
+@pytest.mark.usefixtures("known_cache")
 def test_a_cache_that_grows_into_new_tensors_is_put_back(tmp_path: Path, vgpu: Virtual) -> None:
     module = remembering()
     plain = remembering().to("vgpu")
