@@ -362,10 +362,8 @@ class Engine:
     def detach(self) -> bool:
         """Give the modules back as they were, with plain weights, and free everything, once the calls of other threads are over.
 
-        A second call does nothing, and goes on where the first one was broken off.
-
         Returns:
-            Whether this call did it, and not one before.
+            Whether this call did it: a second one does nothing, and goes on where the first was broken off.
 
         Raises:
             Unsupported: this thread is inside a call of the model, or the process was forked from that of the model.

@@ -37,18 +37,13 @@ _CHUNK_BYTES = 8 * 2**20
 _HEADER_ALIGNMENT_BYTES = 8
 _PART = ".part"
 _SMALL_BYTES = 64 * 2**10
-_TORCH_NAMES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+_TORCH_NAMES = dict(
+    zip(
+        ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"),
+        ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
+        strict=True,
+    )
+)
 _STALE_PART_S = 3600.0
 """Where a file system knows no locks, a part whose last change is longer ago is nobody's work any more."""
 

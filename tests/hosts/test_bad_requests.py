@@ -132,13 +132,13 @@ def test_file_that_is_cut_while_the_model_runs(saved: Saved, tmp_path: Path) -> 
 
 
 def test_failure_while_weights_are_brought_in(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    from overflowml_core.runtime import engine
+    from overflowml_core.runtime import rearrange
 
     def fail(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no luck")
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine, "home_on_disk", fail)
+        patched.setattr(rearrange, "home_on_disk", fail)
         with pytest.raises(RuntimeError, match="no luck"):
             tf.AutoModelForCausalLM.from_pretrained(saved("llama"), overflow=_EXACT)
         live = tf.AutoModelForCausalLM.from_pretrained(saved("llama"))

@@ -207,6 +207,7 @@ class Rows(Dataset[torch.Tensor]):
 
 @forks
 def test_a_data_loader_with_forked_workers_feeds_a_managed_model(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
     module, engine, _ = unread(tmp_path)
     plain = stack(4, 16, ends=True)
     module(rows())
@@ -217,4 +218,4 @@ def test_a_data_loader_with_forked_workers_feeds_a_managed_model(tmp_path: Path)
         count += 1
     assert count == 3
     engine.detach()
-    assert not any(thread.name.startswith("overflowml") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("overflowml") for thread in set(threading.enumerate()) - before)
