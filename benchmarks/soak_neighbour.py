@@ -64,7 +64,8 @@ class Memory(Protocol):
 def _ledger_class() -> Any:
     """From its file alone: the package around it imports torch."""
     spec = importlib.util.spec_from_file_location("overflowml_ledger", ROOT / "tests" / "vdevice" / "others.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Ledger
