@@ -104,6 +104,8 @@ def main(folder: Path, signals: int) -> None:
     deadline = time.monotonic() + HANG_S
     while _met < signals and time.monotonic() < deadline:
         server.live(12)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # while Python ends it would take other handlers away, and be ended by them
     gc.collect()
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("overflowml")]
     if left:
