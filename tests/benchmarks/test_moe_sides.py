@@ -197,12 +197,12 @@ def test_predictions_are_held_against_what_a_fresh_load_shows(contest):
     report, notes = Report("moe"), []
     sizes = moe_predict.measure(contest, [500, 900], report, notes)
     assert heat.read_text() == "of the session"
-    assert [entry[0] for entry in FakeWorker.log if entry[1] == "calibrate"] == ["calibrate"] * 2
+    assert [entry[0] for entry in FakeWorker.log if entry[1] == "calibrate"] == ["calibrate"] * 4
     assert notes == []
     assert [size.budget_bytes for size in sizes] == [500, 900]
     assert figures(report)["prediction.max_rel_error"] == pytest.approx(0.25)
     # The load kept 200 bytes more for other things than a plan does that knows the workload.
-    assert [entry[2] for entry in FakeWorker.log if entry[1] == "predict"] == [500, 300, 900, 700]
+    assert [entry[2] for entry in FakeWorker.log if entry[1] == "predict"] == [500, 300, 300, 900, 700, 700]
     answers = [entry[3] for entry in FakeWorker.log if entry[1] == "answer"]
     assert answers[:4] == answers[4:]  # each budget has the same texts: one to warm up and three that are measured
     assert len({*answers[:4]} - session) == 4
