@@ -71,15 +71,29 @@ def read_machine(path: str | os.PathLike[str]) -> Machine:
         BadMachine: the file is missing, longer than 4 MiB, no JSON, or says what no machine can be.
         UnknownAccelerator: it names an accelerator that is not known.
     """
+    return machine_of_json(read_bounded(path, "machine file", "write one with 'overflowml detect --json'"))
+
+
+def read_bounded(path: str | os.PathLike[str], what: str, way_out: str) -> bytes:
+    """The bytes of a file that a user names.
+
+    Args:
+        path: of the file.
+        what: it should be, for the error.
+        way_out: what to do where it is none.
+
+    Raises:
+        BadMachine: it cannot be read, or is longer than 4 MiB.
+    """
     file = Path(path)
     try:
         with file.open("rb") as stream:
             raw = stream.read(FILE_LIMIT_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
-        raise BadMachine(f"machine file {file}: it cannot be read ({error}); write one with 'overflowml detect --json'") from None
+        raise BadMachine(f"{what} {file}: it cannot be read ({error}); {way_out}") from None
     if len(raw) > FILE_LIMIT_BYTES:
-        raise BadMachine(f"machine file {file}: longer than {FILE_LIMIT_BYTES} bytes; write one with 'overflowml detect --json'")
-    return machine_of_json(raw)
+        raise BadMachine(f"{what} {file}: longer than {FILE_LIMIT_BYTES} bytes; {way_out}")
+    return raw
 
 
 def machine_of_json(text: str | bytes) -> Machine:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from overflowml_core.inspect.machine_file import FILE_LIMIT_BYTES, BadMachine, machine_of_document
+from overflowml_core.inspect.machine_file import BadMachine, machine_of_document, read_bounded
 from overflowml_core.machine import Kind
 
 _MOST_KINDS, _MOST_MACHINES = 64, 1024
@@ -24,13 +24,7 @@ def read_machines(path: str | os.PathLike[str]) -> tuple[Kind, ...]:
         UnknownAccelerator: it names an accelerator that is not known.
     """
     file = Path(path)
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(FILE_LIMIT_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
-        raise BadMachine(f"machines file {file}: it cannot be read ({error}); write one like {_EXAMPLE}") from None
-    if len(raw) > FILE_LIMIT_BYTES:
-        raise BadMachine(f"machines file {file}: longer than {FILE_LIMIT_BYTES} bytes")
+    raw = read_bounded(file, "machines file", f"write one like {_EXAMPLE}")
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -221,14 +221,15 @@ def _arranged(model: _Model, chosen: Sequence[Kind], size: int, offloads: bool) 
     spares = [_spare_ram(kind.machine, len(kind.machine.accelerators)) if offloads else 0 for kind, _, _ in places]
     if any(room < 0 for room in rooms):
         return None
-    sizes = [-(-nbytes // size) for nbytes in _layer_bytes(model)]
+    layers = _layer_bytes(model)
+    sizes = [-(-nbytes // size) for nbytes in layers]
     counts = _shared_out(sizes, [room + spare for room, spare in zip(rooms, spares, strict=True)])
     if counts is None:
         return None
     stages, first = [], 0
     for place, (kind, machine, gpus) in enumerate(places):
         own = slice(first, first + counts[place])
-        needed = -(-sum(_layer_bytes(model)[own]) // size)
+        needed = -(-sum(layers[own]) // size)
         over = max(0, needed - rooms[place])
         if over > spares[place]:
             return None
